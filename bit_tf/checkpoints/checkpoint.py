@@ -1,0 +1,282 @@
+"""What every reader returns: a lazy, complete and consistent mapping."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from bit_tf import errors
+from bit_tf.checkpoints import layout
+
+__all__ = [
+    "Checkpoint",
+    "Entry",
+    "REMEDY",
+    "as_float32",
+    "begins_like",
+    "require_file",
+]
+
+REMEDY = "Download the file again and compare its size with the published one."
+
+_CHUNK = 1 << 20
+_MAX_EXTRA_SHOWN = 50
+_SIGNATURES = (
+    (b"PK", "a zip archive"),
+    (b"\x1f\x8b", "gzip: decompress it first"),
+    (b"\x89HDF\r\n\x1a\n", "HDF5 (.h5)"),
+    (b"\x93NUMPY", "one .npy array, not an archive of them"),
+    (b"\xfd7zXZ", "xz: decompress it first"),
+    (b"\x80", "a Python pickle"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    (b"<", "a web page (HTML or XML), such as an error page saved as a file"),
+)
+
+
+class Entry(NamedTuple):
+    """One array of a checkpoint that has not been read yet.
+
+    Attributes:
+      shape: in the canonical layout.
+      dtype: as the file stores it, of any byte order.
+      load: reads the array, of this shape and of a dtype that is a float.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """A checkpoint file: canonical name → float32 array, read when asked for.
+
+    Every access reads the file again and keeps nothing, so that a model of
+    gigabytes needs the memory of its largest array. Names, shapes and dtypes
+    are compared with the layout when the object is made; the values are
+    examined when they are read.
+
+    Attributes:
+      path: the file.
+      format: the reader's name, such as "google_npz".
+      numerics: whose epsilons and padding the weights need, such as "google".
+      shapes: canonical name → shape, in the mapping's order (sorted).
+      dtypes: canonical name → dtype in the file. The arrays are float32.
+      extra: names in the file that are no part of the layout, as the file
+        spells them. They are not in the mapping.
+      blocks: units in each of the four blocks, such as (3, 4, 6, 3).
+      stem_width: channels of the stem, 64 × the width factor.
+      num_classes: outputs of the head; 0 without a head.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        entries: Mapping[str, Entry],
+        *,
+        format: str,
+        numerics: str,
+        extra: tuple[str, ...] = (),
+    ):
+        """Checks the names, shapes and dtypes of all arrays.
+
+        Args:
+          path: the file, for messages and `sha256`.
+          entries: canonical name → what `Entry` says.
+          format: the reader's name.
+          numerics: the name of the source's numerics constants.
+          extra: names in the file that are no part of the layout.
+
+        Raises:
+          CheckpointMismatchError: names or shapes are not those of a
+            BiT-ResNet, with every difference.
+          CheckpointFormatError: an array is not of a float dtype.
+        """
+        self.path = Path(path)
+        self.format = format
+        self.numerics = numerics
+        self.extra = tuple(extra)
+        self._entries = {
+            name: Entry(*entry) for name, entry in sorted(entries.items())
+        }
+        self.shapes: Mapping[str, tuple[int, ...]] = MappingProxyType(
+            {name: tuple(entry.shape) for name, entry in self._entries.items()}
+        )
+        self.dtypes: Mapping[str, np.dtype] = MappingProxyType(
+            {name: entry.dtype for name, entry in self._entries.items()}
+        )
+        self._sha256: str | None = None
+        problems = [
+            _dtype_problem(name, dtype)
+            for name, dtype in self.dtypes.items()
+            if not _is_float(dtype)
+        ]
+        if problems:
+            raise errors.CheckpointFormatError(
+                f"{self.path}: weights are float16, float32 or float64.\n"
+                + "\n".join(problems)
+            )
+        try:
+            detected = layout.detect(self.shapes)
+            layout.check(
+                self.shapes,
+                layout.expected_shapes(
+                    detected.blocks, detected.stem_width, detected.num_classes
+                ),
+            )
+        except errors.CheckpointMismatchError as error:
+            raise errors.CheckpointMismatchError(
+                f"{self.path}: {error}{_listed(self.extra)}"
+            ) from None
+        self.blocks = detected.blocks
+        self.stem_width = detected.stem_width
+        self.num_classes = detected.num_classes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Reads one array.
+
+        Returns:
+          A new float32 array in C order and of native byte order.
+
+        Raises:
+          KeyError: no array of the layout has this name.
+          CheckpointFormatError: the file is damaged there, or the array holds
+            NaN, infinity, or values that float32 cannot hold.
+        """
+        entry = self._entries[name]
+        array = entry.load()
+        if array.shape != entry.shape:
+            raise errors.CheckpointFormatError(
+                f"{self.path}: {name} must have shape {entry.shape}. "
+                f"Received: {array.shape}. {REMEDY}"
+            )
+        try:
+            return as_float32(name, array)
+        except errors.CheckpointFormatError as error:
+            raise errors.CheckpointFormatError(
+                f"{self.path}: {error} {REMEDY}"
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # Mapping's own comparison would read both files whole.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.path)!r}, format={self.format!r}, "
+            f"blocks={self.blocks}, stem_width={self.stem_width}, "
+            f"num_classes={self.num_classes})"
+        )
+
+    def sha256(self) -> str:
+        """Gives the file's SHA-256 in hexadecimal, computed once."""
+        if self._sha256 is None:
+            with open(self.path, "rb") as file:
+                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._sha256
+
+
+def as_float32(name: str, array: np.ndarray) -> np.ndarray:
+    """Converts weights to float32 in C order, of native byte order.
+
+    Args:
+      name: the array's canonical name, for messages.
+      array: float16, float32 or float64, of any byte and memory order. It is
+        returned as it is if nothing has to change.
+
+    Raises:
+      CheckpointFormatError: another dtype, or a value that is not finite in
+        float32.
+    """
+    if not _is_float(array.dtype):
+        raise errors.CheckpointFormatError(
+            "Weights are float16, float32 or float64. "
+            + _dtype_problem(name, array.dtype)
+        )
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(array, dtype=np.float32)
+    result = result.reshape(array.shape)
+    flat = result.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        finite = np.isfinite(flat[start : start + _CHUNK])
+        if not finite.all():
+            index = start + int(np.argmin(finite))
+            received = array[np.unravel_index(index, array.shape)]
+            raise errors.CheckpointFormatError(
+                f"Weights must be finite in float32. Received: {name} holds "
+                f"{received} at position {index} of {flat.size}."
+            )
+    return result
+
+
+def require_file(path: Path) -> None:
+    """Refuses what is not a file, before a reader opens it.
+
+    Raises:
+      FileNotFoundError: nothing is at the path.
+      CheckpointFormatError: a directory is there, or a device.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "A checkpoint must be an existing file; look for a misspelt path, "
+            "or download it. Received",
+            str(path),
+        )
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "a device or a pipe"
+        raise errors.CheckpointFormatError(
+            f"{path}: a checkpoint is a file. Received: {kind}. Give the path "
+            "of the file itself; a SavedModel is loaded with bit_tf.hub.load."
+        )
+
+
+def begins_like(path: str | os.PathLike[str]) -> str:
+    """Says in words what a file's first bytes look like.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start:
+        return "nothing: it is empty or blank"
+    for signature, text in _SIGNATURES:
+        if start.startswith(signature):
+            return text
+    return f"unknown bytes, {start[:8].hex(' ')}"
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" and dtype.itemsize in (2, 4, 8)
+
+
+def _dtype_problem(name: str, dtype: np.dtype) -> str:
+    return f"Received: {layout.printable(name)} of dtype {dtype}."
+
+
+def _listed(extra: tuple[str, ...]) -> str:
+    if not extra:
+        return ""
+    lines = [f"+ {layout.printable(name)}" for name in extra[:_MAX_EXTRA_SHOWN]]
+    if len(extra) > len(lines):
+        lines.append(f"… and {len(extra) - len(lines)} more")
+    return (
+        "\nThe file also holds, outside the layout (a missing array may be one "
+        "of them, renamed):\n" + "\n".join(lines)
+    )

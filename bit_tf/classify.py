@@ -1,0 +1,74 @@
+"""Image classification with any SavedModel that has a head."""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from bit_tf import errors, hub, images, labels
+
+__all__ = ["Classifier"]
+
+
+class Classifier:
+    """Pictures → class names and probabilities.
+
+    Args:
+      model_url: a TF-Hub handle, a directory, or a .tar.gz archive, of a model
+        with a head. One without the signature image_classification must return
+        logits of a published label set (1000 or 21843 classes).
+      preset: how pictures are prepared, a name of images.PRESETS.
+
+    Attributes:
+      labels: the model's classes; numbers where it names none.
+
+    Raises:
+      HandleError: there is no such model, or it has no head.
+    """
+
+    def __init__(
+        self, model_url: str | os.PathLike, preset: str = "big_transfer eval"
+    ):
+        handle = os.fspath(model_url)
+        self.preset = images.preset(preset)
+        directory = hub.resolve(model_url)
+        model = hub.load(directory)
+        self._function, count = hub.picture_function(
+            model, "image_classification", "probabilities", handle
+        )
+        known = {number: name for name, number in labels.LABEL_SETS.items()}
+        own = labels.read_saved_model(directory)
+        self._activation = lambda scores: scores
+        if "image_classification" not in getattr(model, "signatures", {}):
+            if count not in known:
+                raise errors.HandleError(
+                    "A classifier has the signature image_classification, or "
+                    f"returns logits of {sorted(known)} classes. Received from "
+                    f"{handle!r}: {count} outputs and no such signature. For "
+                    "its vectors, use: bit-tf embed"
+                )
+            sigmoid = known[count] == "imagenet21k"
+            self._activation = tf.nn.sigmoid if sigmoid else tf.nn.softmax
+            own = own or labels.label_set(known[count])
+        self.labels = own or [labels.Label("", str(i)) for i in range(count)]
+
+    def classify(self, image, top: int = 5) -> list[tuple[str, str, float]]:
+        """The likeliest classes of a picture, best first.
+
+        Args:
+          image: whatever images.decode takes.
+          top: how many.
+
+        Returns:
+          (WordNet id or "", name, probability) for each.
+
+        Raises:
+          ImageError: the picture cannot be read.
+        """
+        return self.classify_batch([image], top)[0]
+
+    def classify_batch(self, pictures, top: int = 5) -> list:
+        """As `classify`, for pictures that the preset makes of one size."""
+        batch = np.stack([images.preprocess(p, self.preset) for p in pictures])
+        scores = self._activation(self._function(tf.constant(batch)))
+        return labels.decode_predictions(scores, top, self.labels)

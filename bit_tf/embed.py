@@ -1,0 +1,347 @@
+"""Image embeddings with vectorhub's encoder interface.
+
+    encoder = BitMedium2Vec()
+    vector = encoder.encode("cat.jpg")
+
+Names and arguments are those of vectorhub.encoders.image.tfhub. Its defects
+are not: pixels are scaled, batches are batches, grey and transparent pictures
+are converted, and an error is an error, never a vector. Its collection methods
+(add_documents, search …) spoke to a cloud service that is gone.
+"""
+
+import concurrent.futures
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from bit_tf import errors, hub, images, variants
+
+__all__ = ["BitMedium2Vec", "BitSmall2Vec", "ImageEncoder"]
+
+
+class ImageEncoder:
+    """Pictures → vectors, with any reusable SavedModel of pictures.
+
+    Args:
+      model_url: a TF-Hub handle, a directory, or a .tar.gz archive.
+      preset: how pictures are prepared, a name of images.PRESETS; "tfhub"
+        keeps each one's size, as vectorhub did.
+
+    Attributes:
+      model_url: as passed.
+      model_name: the end of the handle, such as "m-r50x1".
+      model: the loaded SavedModel.
+      vector_length: d.
+
+    Raises:
+      HandleError: there is no such model.
+    """
+
+    __name__ = "bit"
+    _model_id = "image/bit"
+    _description = "BiT image features."
+
+    def __init__(self, model_url: str | os.PathLike, preset: str = "tfhub"):
+        self.model_url = os.fspath(model_url)
+        self.model_name = _model_name(self.model_url)
+        self.preset = images.preset(preset)
+        self.model = hub.load(model_url)
+        self._function, self.vector_length = hub.picture_function(
+            self.model, "image_feature_vector", "features", self.model_url
+        )
+
+    @property
+    def definition(self) -> dict:
+        """vectorhub's model card, as a dict."""
+        return {
+            "model_id": self._model_id,
+            "model_name": self.model_name,
+            "vector_length": self.vector_length,
+            "paper": variants.BIT,
+            "repo": self.model_url,
+            "installation": "pip install bit-tf",
+            "release_date": "2019-12-24",
+            "category": "image",
+            "short_description": self._description,
+            "example": f"{type(self).__name__}().encode('photo.jpg')",
+        }
+
+    @property
+    def zero_vector(self) -> list[float]:
+        """`vector_length` zeros, for callers who mark missing pictures so."""
+        return [0.0] * self.vector_length
+
+    def read(self, image) -> np.ndarray:
+        """A picture's pixels: uint8 [h, w, 3], RGB.
+
+        Args:
+          image: a path, URL, data: URL, bytes, file object, PIL image or array.
+
+        Raises:
+          ImageError: it cannot be read; the message says why.
+        """
+        return images.decode(image)
+
+    def encode(self, image) -> list[float]:
+        """A picture's vector.
+
+        Args:
+          image: whatever `read` takes or returns; a float array must be in
+            [0, 1], and is not rounded to 8 bits.
+
+        Raises:
+          ImageError: it cannot be read.
+        """
+        return self._encode_batch([self._prepare(image)])[0].tolist()
+
+    def bulk_encode(
+        self,
+        images: Iterable,
+        threads: int = 10,
+        chunks: int = 10,
+        on_error: str = "raise",
+    ) -> list:
+        """Vectors of many pictures, in their order, in batches.
+
+        Args:
+          images: each whatever `encode` takes. Pictures of one size share a
+            batch.
+          threads: how many pictures are read at once.
+          chunks: pictures a batch.
+          on_error: "raise", or "return" to find the exception in the place of
+            a vector.
+
+        Returns:
+          A list with a list of floats (or an exception) for every picture.
+
+        Raises:
+          ImageError: a picture cannot be read, and on_error is "raise".
+        """
+        return list(self.iterate(images, threads, chunks, on_error))
+
+    def iterate(
+        self,
+        images: Iterable,
+        threads: int = 10,
+        chunks: int = 10,
+        on_error: str = "raise",
+    ) -> Iterator:
+        """As `bulk_encode`, one by one, holding few pictures at a time."""
+        if on_error not in ("raise", "return"):
+            raise ValueError(
+                "on_error must be 'raise' or 'return'. "
+                f"Received: {on_error!r}."
+            )
+        if threads < 1 or chunks < 1:
+            raise ValueError(
+                "threads and chunks must be at least 1. "
+                f"Received: threads={threads}, chunks={chunks}."
+            )
+        if isinstance(images, str | bytes | os.PathLike):
+            raise errors.ImageRangeError(
+                "bulk_encode takes a list of pictures. "
+                f"Received: {type(images).__name__}; use encode for one."
+            )
+
+        def prepare(image):
+            try:
+                return self._prepare(image)
+            except errors.ImageError as error:
+                if on_error == "raise":
+                    raise
+                return error
+
+        window: list = []
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for image in images:
+                window.append(image)
+                if len(window) == 4 * max(threads, chunks):
+                    yield from self._encode_window(
+                        pool.map(prepare, window), chunks
+                    )
+                    window = []
+            yield from self._encode_window(pool.map(prepare, window), chunks)
+
+    def _encode_window(self, prepared: Iterable, chunks: int) -> list:
+        results = list(prepared)
+        by_size: dict[tuple, list[int]] = {}
+        for index, item in enumerate(results):
+            if isinstance(item, np.ndarray):
+                by_size.setdefault(item.shape, []).append(index)
+        for indices in by_size.values():
+            for start in range(0, len(indices), chunks):
+                batch = indices[start : start + chunks]
+                vectors = self._encode_batch([results[i] for i in batch])
+                for index, vector in zip(batch, vectors, strict=True):
+                    results[index] = vector.tolist()
+        return results
+
+    def _prepare(self, image) -> np.ndarray:
+        return images.preprocess(image, self.preset)
+
+    def _encode_batch(self, batch: Sequence[np.ndarray]) -> np.ndarray:
+        return np.asarray(self._function(tf.constant(np.stack(batch))))
+
+    def encode_documents(
+        self,
+        fields: Sequence[str],
+        documents: Sequence[dict],
+        missing_treatment=None,
+    ) -> list[dict]:
+        """Writes `<field>_<__name__>_vector_` into every document.
+
+        Args:
+          fields: names; dots reach into nested documents.
+          documents: changed in place.
+          missing_treatment: for documents without the field: None skips them,
+            "zero_vector" writes zeros, any other value is written as it is.
+
+        Returns:
+          `documents`.
+
+        Raises:
+          ImageError: a field's picture cannot be read; no document of that
+            field was changed.
+        """
+        for field in fields:
+            path = field.split(".")
+            parents = [_parent(document, path) for document in documents]
+            present = [p for p in parents if p is not None and path[-1] in p]
+            vectors = iter(self.bulk_encode([p[path[-1]] for p in present]))
+            for document, parent in zip(documents, parents, strict=True):
+                if parent is not None and path[-1] in parent:
+                    vector = next(vectors)
+                elif missing_treatment is None:
+                    continue
+                elif missing_treatment == "zero_vector":
+                    vector = self.zero_vector
+                else:
+                    vector = missing_treatment
+                target = document
+                for key in path[:-1]:
+                    target = target.setdefault(key, {})
+                target[f"{path[-1]}_{self.__name__}_vector_"] = vector
+        return list(documents)
+
+    def encode_chunk_documents(
+        self,
+        chunk_field: str,
+        fields: Sequence[str],
+        documents: Sequence[dict],
+        missing_treatment=None,
+    ) -> list[dict]:
+        """As `encode_documents`, for the list of documents in a field.
+
+        Args:
+          chunk_field: name of a field that holds a list of documents.
+          fields: names inside each of them.
+          documents: changed in place.
+          missing_treatment: as in `encode_documents`.
+        """
+        chunks = [c for d in documents for c in d.get(chunk_field, [])]
+        self.encode_documents(fields, chunks, missing_treatment)
+        return list(documents)
+
+    def to_grayscale(
+        self, sample: np.ndarray, rgb_weights: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """[h, w, 3] → float [h, w], by default with ITU-R 601 weights."""
+        weights = (0.2989, 0.5870, 0.1140)
+        return np.dot(sample[..., :3], rgb_weights or weights)
+
+    def show_image(self, sample: np.ndarray) -> None:
+        """Draws a picture with matplotlib (extra "plot")."""
+        plot = errors.import_extra("matplotlib.pyplot", "plot")
+        plot.imshow(sample, cmap="gray" if sample.ndim == 2 else None)
+        plot.axis("off")
+        plot.show()
+
+    def image_resize(
+        self,
+        image_array: np.ndarray,
+        width: int = 0,
+        height: int = 0,
+        rescale: float = 0,
+        resize_mode: str = "symmetry",
+    ) -> np.ndarray:
+        """Resizes a picture, bilinear with antialiasing.
+
+        Args:
+          image_array: uint8 or float in [0, 1], [h, w, 3].
+          width, height: in pixels; with one of them the other keeps the
+            picture's proportions.
+          rescale: a factor instead of width and height.
+          resize_mode: vectorhub's, "symmetry" only.
+
+        Raises:
+          ValueError: no size, or both kinds, or another mode.
+        """
+        if resize_mode != "symmetry":
+            raise ValueError(
+                f"resize_mode must be 'symmetry'. Received: {resize_mode!r}."
+            )
+        if bool(rescale) == bool(width or height):
+            raise ValueError(
+                "Give either rescale, or width and height. Received: "
+                f"width={width}, height={height}, rescale={rescale}."
+            )
+        old_height, old_width = image_array.shape[:2]
+        if rescale:
+            width, height = old_width * rescale, old_height * rescale  # type: ignore[assignment]
+        width = width or old_width * height / old_height  # type: ignore[assignment]
+        height = height or old_height * width / old_width  # type: ignore[assignment]
+        return images.resize(
+            image_array,
+            max(1, math.floor(height + 0.5)),
+            max(1, math.floor(width + 0.5)),
+            method="bilinear",
+            antialias=True,
+        )
+
+
+class BitMedium2Vec(ImageEncoder):
+    """BiT-M: features of weights trained on ImageNet-21k (see ImageEncoder)."""
+
+    __name__ = "bit_medium"
+    _model_id = "image/bit-medium"
+    _description = "BiT-M image features, trained on ImageNet-21k."
+
+    def __init__(
+        self,
+        model_url: str | os.PathLike = "https://tfhub.dev/google/bit/m-r50x1/1",
+        preset: str = "tfhub",
+    ):
+        super().__init__(model_url, preset)
+
+
+class BitSmall2Vec(ImageEncoder):
+    """BiT-S: features of weights trained on ILSVRC-2012 (see ImageEncoder)."""
+
+    __name__ = "bit_small"
+    _model_id = "image/bit-small"
+    _description = "BiT-S image features, trained on ILSVRC-2012."
+
+    def __init__(
+        self,
+        model_url: str | os.PathLike = "https://tfhub.dev/google/bit/s-r50x1/1",
+        preset: str = "tfhub",
+    ):
+        super().__init__(model_url, preset)
+
+
+def _model_name(handle: str) -> str:
+    parts = [part for part in handle.split("?")[0].split("/") if part]
+    if len(parts) > 1 and parts[-1].isdigit():
+        parts.pop()
+    return parts[-1].removesuffix(".tar.gz") if parts else handle
+
+
+def _parent(document: dict, path: Sequence[str]) -> dict | None:
+    for key in path[:-1]:
+        document = document.get(key)  # type: ignore[assignment]
+        if not isinstance(document, dict):
+            return None
+    return document

@@ -1,0 +1,125 @@
+"""Exceptions of bit_tf and hub_export.
+
+    BitTfError
+    ├── CheckpointError (ValueError)
+    │   ├── CheckpointFormatError      the file is not what it should be
+    │   └── CheckpointMismatchError    names, shapes or dtypes differ from a model
+    ├── ImageError (ValueError)
+    │   ├── ImageDecodeError           not a picture, or a damaged one
+    │   ├── ImageTooLargeError         over the limit of pixels or bytes
+    │   ├── ImageRangeError            dtype, shape or pixel range not understood
+    │   └── ImageFetchError (OSError)  a URL that could not be read
+    ├── HandleError (ValueError)       not a model handle, or nothing is there
+    ├── ArchiveError (ValueError)      an archive that must not be unpacked
+    ├── UnknownNameError (ValueError)  no such model, label set, preset, endpoint
+    ├── ExportError (RuntimeError)     a SavedModel could not be written
+    │   └── VerificationError          written, but it does not give its values
+    └── MissingExtraError (ImportError)
+
+Every message states the rule, what was received, and the remedy.
+"""
+
+import importlib
+import types
+
+__all__ = [
+    "ArchiveError",
+    "BitTfError",
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointMismatchError",
+    "ExportError",
+    "HandleError",
+    "ImageDecodeError",
+    "ImageError",
+    "ImageFetchError",
+    "ImageRangeError",
+    "ImageTooLargeError",
+    "MissingExtraError",
+    "UnknownNameError",
+    "VerificationError",
+    "import_extra",
+]
+
+
+class BitTfError(Exception):
+    """The base of every exception that these packages raise on purpose."""
+
+
+class CheckpointError(BitTfError, ValueError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A file is damaged, truncated, or not in the format it claims."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """Names, shapes or dtypes differ from those of the model.
+
+    The message lists every difference, marked − (missing) and + (extra).
+    """
+
+
+class ImageError(BitTfError, ValueError):
+    """An image cannot be used."""
+
+
+class ImageDecodeError(ImageError):
+    """The bytes are not a picture that can be decoded whole."""
+
+
+class ImageTooLargeError(ImageError):
+    """The picture exceeds the limit of pixels or of bytes."""
+
+
+class ImageRangeError(ImageError):
+    """The array's dtype, shape or pixel range is not one that is accepted."""
+
+
+class ImageFetchError(ImageError, OSError):
+    """A URL could not be read, or must not be."""
+
+
+class HandleError(BitTfError, ValueError):
+    """A model handle is malformed, or no model is found there."""
+
+
+class ArchiveError(BitTfError, ValueError):
+    """An archive is damaged, hostile, or over its limits."""
+
+
+class UnknownNameError(BitTfError, ValueError):
+    """No model, preset, label set or endpoint has this name."""
+
+
+class ExportError(BitTfError, RuntimeError):
+    """A SavedModel could not be written."""
+
+
+class VerificationError(ExportError):
+    """A SavedModel does not give the values recorded when it was made."""
+
+
+class MissingExtraError(BitTfError, ImportError):
+    """An optional package is needed and is not installed."""
+
+
+def import_extra(module: str, extra: str) -> types.ModuleType:
+    """Imports an optional module, or names the extra that installs it.
+
+    Args:
+      module: the module to import, such as "pyarrow.parquet".
+      extra: the extra of bit-tf that brings it.
+
+    Raises:
+      MissingExtraError: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"This needs the optional package {module.split('.')[0]!r}, which "
+            f"could not be imported ({error}). Install it with: "
+            f"pip install 'bit-tf[{extra}]'"
+        ) from error

@@ -1,0 +1,529 @@
+"""ResNet-v2 as BiT builds it: unit, block, model, and their weights.
+
+From math to model, in the order of the forward pass. Every intermediate that
+others use is an endpoint with a name. Source: arXiv:1603.05027 (the unit),
+arXiv:1912.11370 (BiT), google-research/big_transfer.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import keras
+import numpy as np
+from keras import ops
+
+from bit_tf import checkpoints, errors, images, variants
+from bit_tf.checkpoints import layout
+from bit_tf.layers import GroupNormalization, StandardizedConv2D
+
+__all__ = [
+    "ResNetV2",
+    "canonical_arrays",
+    "create_model",
+    "endpoints",
+    "load_model",
+]
+
+# Endpoint: the layer that computes it.
+ENDPOINTS = {
+    "stem": "root_block",
+    "block1": "block1",
+    "block2": "block2",
+    "block3": "block3",
+    "block4": "block4",
+    "pre_logits": "pre_logits",
+    "logits": "head",
+}
+
+
+@keras.saving.register_keras_serializable(package="bit_tf")
+class RootBlock(keras.layers.Layer):
+    """7×7 convolution at stride 2, then 3×3 max pooling at stride 2.
+
+    float [n, h, w, 3] → float [n, ⌈h/4⌉, ⌈w/4⌉, filters].
+    """
+
+    def __init__(self, filters, ws_epsilon, pool_border, **kwargs):
+        super().__init__(**kwargs)
+        self.pool_border = pool_border
+        self.conv = StandardizedConv2D(
+            filters,
+            7,
+            strides=2,
+            epsilon=ws_epsilon,
+            name="standardized_conv2d",
+            dtype=self.dtype_policy,
+        )
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+
+    def call(self, inputs):
+        x = ops.pad(
+            self.conv(inputs),
+            [[0, 0], [1, 1], [1, 1], [0, 0]],
+            constant_values=self.pool_border,
+        )
+        return ops.max_pool(
+            x, 3, strides=2, padding="valid", data_format="channels_last"
+        )
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, _ = input_shape
+        return (
+            batch,
+            None if height is None else -(-height // 4),
+            None if width is None else -(-width // 4),
+            self.conv.filters,
+        )
+
+
+@keras.saving.register_keras_serializable(package="bit_tf")
+class Unit(keras.layers.Layer):
+    """Pre-activated bottleneck: 1×1 (a), 3×3 (b), 1×1 (c), plus a shortcut.
+
+    float [n, h, w, c] → float [n, ⌈h/strides⌉, ⌈w/strides⌉, 4·filters]. The
+    stride is the 3×3's; a projected shortcut takes the activated input.
+    """
+
+    def __init__(
+        self,
+        filters,
+        strides,
+        dilation_rate,
+        project,
+        ws_epsilon,
+        gn_epsilon,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.project = project
+
+        def norm():
+            return GroupNormalization(
+                epsilon=gn_epsilon,
+                activation="relu",
+                name="group_norm",
+                dtype=self.dtype_policy,
+            )
+
+        def conv(filters, kernel_size, **options):
+            return StandardizedConv2D(
+                filters,
+                kernel_size,
+                epsilon=ws_epsilon,
+                name="standardized_conv2d",
+                dtype=self.dtype_policy,
+                **options,
+            )
+
+        self.norm_a, self.conv_a = norm(), conv(filters, 1)
+        self.norm_b, self.conv_b = (
+            norm(),
+            conv(filters, 3, strides=strides, dilation_rate=dilation_rate),
+        )
+        self.norm_c, self.conv_c = norm(), conv(4 * filters, 1)
+        if project:
+            self.conv_proj = conv(4 * filters, 1, strides=strides)
+
+    def build(self, input_shape):
+        shape = tuple(input_shape)
+        with keras.name_scope("a"):
+            self.norm_a.build(shape)
+            self.conv_a.build(shape)
+            if self.project:
+                with keras.name_scope("proj"):
+                    self.conv_proj.build(shape)
+        for scope, norm, conv, before in (
+            ("b", self.norm_b, self.conv_b, self.conv_a),
+            ("c", self.norm_c, self.conv_c, self.conv_b),
+        ):
+            shape = (*shape[:-1], before.filters)
+            with keras.name_scope(scope):
+                norm.build(shape)
+                conv.build(shape)
+
+    def call(self, inputs):
+        x = self.norm_a(inputs)
+        shortcut = self.conv_proj(x) if self.project else inputs
+        x = self.conv_a(x)
+        x = self.conv_b(self.norm_b(x))
+        x = self.conv_c(self.norm_c(x))
+        return x + shortcut
+
+    def compute_output_shape(self, input_shape):
+        shape = self.conv_b.compute_output_shape(input_shape)
+        return (*shape[:-1], self.conv_c.filters)
+
+
+@keras.saving.register_keras_serializable(package="bit_tf")
+class Block(keras.layers.Layer):
+    """A stage: units of one width; the first projects and may stride.
+
+    Args:
+      units: how many.
+      filters: width of a unit's 3×3; its output is 4 times as wide.
+      strides: of the first unit.
+      dilation_rates: of the first unit's 3×3, and of the others'.
+      ws_epsilon, gn_epsilon: constants of the weights' source.
+    """
+
+    def __init__(
+        self,
+        units,
+        filters,
+        strides,
+        dilation_rates,
+        ws_epsilon,
+        gn_epsilon,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.units = [
+            Unit(
+                filters,
+                strides if index == 0 else 1,
+                dilation_rates[0 if index == 0 else 1],
+                project=index == 0,
+                ws_epsilon=ws_epsilon,
+                gn_epsilon=gn_epsilon,
+                name=f"unit{index + 1:02d}",
+                dtype=self.dtype_policy,
+            )
+            for index in range(units)
+        ]
+
+    def build(self, input_shape):
+        for unit in self.units:
+            unit.build(input_shape)
+            input_shape = unit.compute_output_shape(input_shape)
+
+    def call(self, inputs):
+        x = inputs
+        for unit in self.units:
+            x = unit(x)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        for unit in self.units:
+            input_shape = unit.compute_output_shape(input_shape)
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="bit_tf")
+class Head(keras.layers.Layer):
+    """Linear classifier, float [n, c] → logits float [n, num_classes].
+
+    Starts at zero, as BiT-HyperRule wants a new head.
+    """
+
+    def __init__(self, num_classes, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(
+            num_classes,
+            kernel_initializer="zeros",
+            name="conv2d",
+            dtype=self.dtype_policy,
+        )
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], self.dense.units)
+
+
+@keras.saving.register_keras_serializable(package="bit_tf")
+class ImageModel(keras.Model):
+    """A functional model of pictures that takes float [0,1] or uint8 [0,255].
+
+    Keras would cast integers to float 0..255 before the first layer runs, so
+    they are scaled before that.
+    """
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        return super().call(
+            images.to_unit_range(inputs), training=training, mask=mask, **kwargs
+        )
+
+
+def _strides(output_stride: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(strides, dilation rates of the first and the other units) by block."""
+    if output_stride not in (32, 16, 8):
+        raise ValueError(
+            f"output_stride must be 32, 16 or 8. Received: {output_stride!r}."
+        )
+    reached, rate = 4, 1
+    for strides in (1, 2, 2, 2):
+        before = rate
+        if reached * strides > output_stride:
+            rate, strides = rate * strides, 1
+        reached *= strides
+        yield strides, (before, rate)
+
+
+@keras.saving.register_keras_serializable(package="bit_tf")
+class ResNetV2(ImageModel):
+    """BiT's network.
+
+    RGB pictures, float32 in [0,1] or uint8 in [0,255], [n, h, w, 3], any size
+    → logits float [n, num_classes], or with num_classes=0 the feature vector
+    float [n, 32 · stem_width].
+
+    Layers by name: root_block, block1 … block4, group_norm, pre_logits, head.
+    `model.get_layer("block1").trainable = False` freezes one.
+
+    Args:
+      blocks: number of units in each of the four blocks.
+      stem_width: channels of the root convolution; a multiple of 32.
+      num_classes: outputs of the head; 0 for no head.
+      output_stride: 32; 16 or 8 keep the last blocks' resolution by dilation.
+      numerics: a name in variants.NUMERICS: constants of the weights' source.
+      frozen: names of layers that are not trainable.
+    """
+
+    def __init__(
+        self,
+        blocks,
+        stem_width,
+        num_classes=0,
+        *,
+        output_stride=32,
+        numerics="google",
+        frozen=(),
+        **kwargs,
+    ):
+        dtype = kwargs.pop("dtype", None)
+        constants = variants.NUMERICS[numerics]
+        epsilons = {
+            "ws_epsilon": constants.ws_epsilon,
+            "gn_epsilon": constants.gn_epsilon,
+        }
+        inputs = keras.Input((None, None, 3), name="images")
+        x = keras.layers.Rescaling(2.0, -1.0, name="pixels", dtype=dtype)(inputs)
+        x = RootBlock(
+            stem_width,
+            ws_epsilon=constants.ws_epsilon,
+            pool_border=constants.pool_border,
+            name="root_block",
+            dtype=dtype,
+        )(x)
+        for index, (units, (strides, dilation_rates)) in enumerate(
+            zip(blocks, _strides(output_stride), strict=True)
+        ):
+            x = Block(
+                units,
+                stem_width * 2**index,
+                strides,
+                dilation_rates,
+                name=f"block{index + 1}",
+                dtype=dtype,
+                **epsilons,
+            )(x)
+        x = GroupNormalization(
+            epsilon=constants.gn_epsilon,
+            activation="relu",
+            name="group_norm",
+            dtype=dtype,
+        )(x)
+        x = keras.layers.GlobalAveragePooling2D(
+            data_format="channels_last", name="pre_logits", dtype=dtype
+        )(x)
+        if num_classes:
+            x = Head(num_classes, name="head", dtype=dtype)(x)
+        super().__init__(inputs, x, **kwargs)
+        self.blocks = tuple(blocks)
+        self.stem_width = stem_width
+        self.num_classes = num_classes
+        self.output_stride = output_stride
+        self.numerics = numerics
+        for name in frozen:
+            self.get_layer(name).trainable = False
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of the feature vector."""
+        return 32 * self.stem_width
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "blocks": self.blocks,
+            "stem_width": self.stem_width,
+            "num_classes": self.num_classes,
+            "output_stride": self.output_stride,
+            "numerics": self.numerics,
+            "frozen": [
+                layer.name for layer in self.layers if not layer.trainable
+            ],
+            "dtype": keras.saving.serialize_keras_object(
+                self.get_layer("root_block").dtype_policy
+            ),
+        }
+
+
+def create_model(
+    name: str = "R50x1",
+    num_classes: int = 0,
+    *,
+    output_stride: int = 32,
+    numerics: str = "google",
+    dtype=None,
+) -> ResNetV2:
+    """A model with random weights; the head, if any, is zero.
+
+    Args:
+      name: an architecture, such as "R50x1" (see variants.ARCHITECTURES).
+      num_classes: outputs of the head; 0 gives features.
+      output_stride: 32, 16 or 8.
+      numerics: constants of a source: "google", "big_vision" or "timm".
+      dtype: a dtype policy, such as "mixed_bfloat16"; the global one if None.
+
+    Raises:
+      UnknownNameError: no such architecture.
+    """
+    row = variants.architecture(name)
+    if num_classes < 0:
+        raise ValueError(
+            "num_classes must be 0 (features) or the number of classes. "
+            f"Received: {num_classes}."
+        )
+    return ResNetV2(
+        row.blocks,
+        row.stem_width,
+        num_classes,
+        output_stride=output_stride,
+        numerics=numerics,
+        dtype=dtype,
+        name=row.name,
+    )
+
+
+def endpoints(model: ResNetV2, names: Iterable[str]) -> ImageModel:
+    """A model of the same layers and weights that returns several endpoints.
+
+    Args:
+      model: from create_model or load_model.
+      names: of "stem" (after the root's pooling), "block1" … "block4" (before
+        the final normalization), "pre_logits" (the feature vector), "logits".
+
+    Returns:
+      A model: pictures → dict of name to float [n, h, w, c], or [n, c] for the
+      last two.
+
+    Raises:
+      UnknownNameError: the model has no such endpoint.
+    """
+    if isinstance(names, str):
+        names = [names]
+    outputs = {}
+    layers = {layer.name for layer in model.layers}
+    known = [name for name, layer in ENDPOINTS.items() if layer in layers]
+    for name in names:
+        if name not in known:
+            raise errors.UnknownNameError(
+                f"Endpoints of this model are {', '.join(known)}. "
+                f"Received: {name!r}."
+            )
+        outputs[name] = model.get_layer(ENDPOINTS[name]).output
+    return ImageModel(model.input, outputs, name=f"{model.name}_endpoints")
+
+
+def canonical_variables(model: ResNetV2) -> dict[str, keras.Variable]:
+    """The model's variables by canonical name (see checkpoints.layout)."""
+    return {
+        layer.name + variable.path.removeprefix(layer.path): variable
+        for layer in model.layers
+        for variable in layer.weights
+    }
+
+
+class canonical_arrays(Mapping[str, np.ndarray]):  # noqa: N801
+    """A model's weights by canonical name, each fetched when asked for.
+
+    Args:
+      model: from create_model or load_model.
+
+    Attributes:
+      shapes: name → shape.
+    """
+
+    def __init__(self, model: ResNetV2):
+        self._variables = canonical_variables(model)
+        self.shapes = {
+            name: tuple(variable.shape)
+            for name, variable in self._variables.items()
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return keras.ops.convert_to_numpy(self._variables[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+
+def assign(model: ResNetV2, arrays: checkpoints.Checkpoint) -> None:
+    """Sets every weight of the model, or none.
+
+    Args:
+      model: its head may be absent where the checkpoint has one.
+      arrays: canonical name → float32 array; names and shapes are compared
+        before the first is assigned.
+
+    Raises:
+      CheckpointMismatchError: with every difference.
+    """
+    variables = canonical_variables(model)
+    shapes = {
+        name: shape
+        for name, shape in arrays.shapes.items()
+        if model.num_classes or not name.startswith("head/")
+    }
+    layout.check(
+        shapes, {name: tuple(v.shape) for name, v in variables.items()}
+    )
+    for name, variable in variables.items():
+        variable.assign(arrays[name])
+
+
+def load_model(
+    path,
+    *,
+    head: bool = True,
+    numerics: str | None = None,
+    output_stride: int = 32,
+    dtype=None,
+) -> ResNetV2:
+    """The model that a checkpoint holds, with its weights.
+
+    Args:
+      path: a checkpoint file, in any format that bit_tf.checkpoints reads. The
+        architecture comes from the arrays' shapes, never from the name.
+      head: False drops the head, and the model returns features.
+      numerics: constants of a source instead of the checkpoint's own.
+      output_stride: 32, 16 or 8.
+      dtype: a dtype policy.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CheckpointError: the file cannot be used; the message says why.
+    """
+    checkpoint = checkpoints.read(path)
+    known = variants.find_architecture(checkpoint.blocks, checkpoint.stem_width)
+    model = ResNetV2(
+        checkpoint.blocks,
+        checkpoint.stem_width,
+        checkpoint.num_classes if head else 0,
+        output_stride=output_stride,
+        numerics=numerics or checkpoint.numerics,
+        dtype=dtype,
+        name=known.name if known else "resnetv2",
+    )
+    assign(model, checkpoint)
+    return model

@@ -1,0 +1,101 @@
+"""The typed description of an exported model, stored as card.json in it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+
+import bit_tf
+from bit_tf import variants
+
+__all__ = ["CARD_FILE", "PROVENANCE_FILE", "Card", "Provenance", "read", "save"]
+
+CARD_FILE = pathlib.PurePath("assets.extra", "card.json")
+PROVENANCE_FILE = pathlib.PurePath("assets.extra", "provenance.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a user must know to call the model.
+
+    Attributes:
+      architecture: such as "R50x1", or "custom".
+      feature_dim: length of the feature vector.
+      num_classes: outputs of the head; 0 for features.
+      params: number of weights.
+      task: "image-feature-vector" or "image-classification".
+      input: dtype, shape, range and layout of the pictures.
+      output: what `__call__` returns.
+      probabilities: "softmax", "sigmoid", or None without a head.
+      labels: where the class names came from, or None.
+      output_stride: of the last block.
+      numerics: the constants inside (see variants.NUMERICS).
+      citations: papers.
+    """
+
+    architecture: str
+    feature_dim: int
+    num_classes: int
+    params: int
+    task: str
+    input: str
+    output: str
+    probabilities: str | None
+    labels: str | None
+    output_stride: int
+    numerics: dict
+    citations: tuple[str, ...] = (variants.BIT,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where an exported model came from.
+
+    Attributes:
+      source: the checkpoint file's name, or None for a model made in Python.
+      sha256: of that file.
+      format: the reader that read it.
+      extra_arrays: names of arrays in the file that are no part of BiT.
+      versions: of the packages that wrote the SavedModel.
+    """
+
+    source: str | None = None
+    sha256: str | None = None
+    format: str | None = None
+    extra_arrays: tuple[str, ...] = ()
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what writes a SavedModel."""
+    import keras
+    import numpy
+    import tensorflow as tf
+
+    return {
+        "bit-tf": bit_tf.__version__,
+        "keras": keras.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+    }
+
+
+def save(
+    card: Card, provenance: Provenance, directory: str | os.PathLike
+) -> None:
+    """Writes both as JSON into a SavedModel's assets.extra/."""
+    for file, value in ((CARD_FILE, card), (PROVENANCE_FILE, provenance)):
+        path = pathlib.Path(directory) / file
+        path.parent.mkdir(exist_ok=True)
+        text = json.dumps(dataclasses.asdict(value), indent=2, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def read(directory: str | os.PathLike) -> tuple[dict, dict]:
+    """The card and the provenance in a SavedModel, as plain dicts."""
+    return tuple(  # type: ignore[return-value]
+        json.loads((pathlib.Path(directory) / file).read_text("utf-8"))
+        for file in (CARD_FILE, PROVENANCE_FILE)
+    )

@@ -1,0 +1,311 @@
+"""Keras model → reusable SavedModel, complete and checked, or nothing.
+
+The interface is TF Hub's "reusable SavedModel": `__call__`, `variables`,
+`trainable_variables`, `regularization_losses`.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import keras
+import tensorflow as tf
+
+from bit_tf import checkpoints, errors, images, labels, models, variants
+from hub_export import card, golden
+
+__all__ = ["convert", "export"]
+
+INPUT = (
+    "RGB pictures [n, height, width, 3] of any size, float32 in [0, 1] or "
+    "uint8 in [0, 255]; scaled inside"
+)
+
+
+def export(
+    model: models.ResNetV2,
+    path: str | os.PathLike,
+    *,
+    class_labels: str | Sequence | None = "auto",
+    probabilities: str | None = None,
+    l2: float = 0.0,
+    provenance: card.Provenance | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> dict:
+    """Writes a reusable SavedModel.
+
+    `__call__(images, training=False)` takes float32 [n, h, w, 3] in [0, 1] or
+    uint8 in [0, 255] and returns logits, or features where the model has no
+    head; `endpoints(images)` returns a dict of every endpoint. Signatures:
+    serving_default → output_1, image_feature_vector → features, and with a
+    head image_classification → logits, probabilities. Variables have the
+    canonical names. Nothing appears at `path` before the result was loaded in
+    a fresh process and gave the model's own values.
+
+    Args:
+      model: from create_model or load_model, on the TensorFlow backend.
+      path: the directory to make.
+      class_labels: one name a class; or "ilsvrc2012", "imagenet21k"; or "auto",
+        the set whose number of classes fits, if any; or None.
+      probabilities: "softmax" or "sigmoid"; by default sigmoid for 21843
+        classes, softmax for any other number.
+      l2: factor of the sum of squares of every kernel, offered to those who
+        fine-tune as `regularization_losses`; 0 offers none.
+      provenance: what is known of the weights' source.
+      overwrite: replace an existing directory.
+      verify: load back in a fresh process.
+
+    Returns:
+      The verification's report: relative error, counts, signatures.
+
+    Raises:
+      ExportError: `path` exists, the backend is not TensorFlow, or the files
+        could not be written.
+      VerificationError: the files do not give the model's values.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise errors.ExportError(
+            "SavedModels are written on Keras' TensorFlow backend. Received: "
+            f"{keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before "
+            "keras is imported, and load the weights there."
+        )
+    if not isinstance(model, models.ResNetV2):
+        raise errors.ExportError(
+            "export takes a model of bit_tf.create_model or bit_tf.load_model. "
+            f"Received: {type(model).__name__}."
+        )
+    classes = _labels(class_labels, model.num_classes)
+    if probabilities is None:
+        many = labels.LABEL_SETS["imagenet21k"]
+        probabilities = "sigmoid" if model.num_classes == many else "softmax"
+    with _staged(path, overwrite) as directory:
+        root, signatures = _serving_objects(model, probabilities, l2)
+        tf.saved_model.save(root, directory, signatures=signatures)
+        if classes:
+            labels.write_saved_model(classes, directory)
+        golden.save(golden.make(model), directory)
+        card.save(
+            _card(model, class_labels, classes, probabilities),
+            provenance or card.Provenance(versions=card.versions()),
+            directory,
+        )
+        report = golden.check_in_fresh_process(directory) if verify else {}
+    return report
+
+
+def convert(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    head: bool = True,
+    numerics: str | None = None,
+    **options,
+) -> dict:
+    """Checkpoint file → reusable SavedModel (see `export` for the rest).
+
+    Args:
+      source: any file that bit_tf.checkpoints reads.
+      path: the directory to make.
+      head: False publishes features.
+      numerics: constants of a source instead of the checkpoint's own.
+      **options: of `export`.
+    """
+    checkpoint = checkpoints.read(source)
+    model = models.load_model(source, head=head, numerics=numerics)
+    provenance = card.Provenance(
+        source=pathlib.Path(source).name,
+        sha256=checkpoint.sha256(),
+        format=checkpoint.format,
+        extra_arrays=tuple(checkpoint.extra),
+        versions=card.versions(),
+    )
+    return export(model, path, provenance=provenance, **options)
+
+
+def _labels(class_labels, num_classes: int):
+    if class_labels is None or not num_classes:
+        return None
+    if class_labels == "auto":
+        by_count = {count: name for name, count in labels.LABEL_SETS.items()}
+        if num_classes not in by_count:
+            return None
+        class_labels = by_count[num_classes]
+    if isinstance(class_labels, str):
+        class_labels = labels.label_set(class_labels)
+    classes = [
+        labels.Label("", label) if isinstance(label, str) else label
+        for label in class_labels
+    ]
+    if len(classes) != num_classes:
+        raise errors.ExportError(
+            f"Labels must name each of the {num_classes} classes. "
+            f"Received: {len(classes)} labels."
+        )
+    return classes
+
+
+def _card(model, class_labels, classes, probabilities) -> card.Card:
+    known = variants.find_architecture(model.blocks, model.stem_width)
+    constants = variants.NUMERICS[model.numerics]
+    head = bool(model.num_classes)
+    if classes and not isinstance(class_labels, str):
+        class_labels = "custom"
+    return card.Card(
+        architecture=known.name if known else "custom",
+        feature_dim=model.feature_dim,
+        num_classes=model.num_classes,
+        params=model.count_params(),
+        task="image-classification" if head else "image-feature-vector",
+        input=INPUT,
+        output=f"logits float32 [n, {model.num_classes}]"
+        if head
+        else f"features float32 [n, {model.feature_dim}]",
+        probabilities=probabilities if head else None,
+        labels=class_labels if classes else None,
+        output_stride=model.output_stride,
+        numerics={
+            "name": constants.name,
+            "ws_epsilon": constants.ws_epsilon,
+            "gn_epsilon": constants.gn_epsilon,
+            "pool_border": str(constants.pool_border),
+        },
+    )
+
+
+@contextlib.contextmanager
+def _staged(path: str | os.PathLike, overwrite: bool) -> Iterator[str]:
+    """A temporary sibling that becomes `path` when the block succeeds."""
+    target = pathlib.Path(path)
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise errors.ExportError(
+            f"A directory is never written over unless asked. {str(target)!r} "
+            "exists; choose another, or pass overwrite=True (--overwrite)."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = tempfile.mkdtemp(
+            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
+        )
+    except OSError as error:
+        raise errors.ExportError(
+            f"Cannot write beside {str(target)!r}: {error}."
+        ) from error
+    try:
+        yield staging
+        os.chmod(staging, 0o755)
+        _sync(staging)
+        if overwrite and target.exists():
+            old = tempfile.mkdtemp(
+                prefix=f".{target.name}.", suffix=".old", dir=target.parent
+            )
+            os.rename(target, os.path.join(old, "model"))
+            os.rename(staging, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(staging, target)
+    except (OSError, tf.errors.OpError) as error:
+        raise errors.ExportError(
+            f"The SavedModel could not be written to {str(target)!r}: {error}. "
+            "Nothing was left behind; check the free space, and that no other "
+            "process writes there."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(directory: str) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in [*files, "."]:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):
+    """(object to save, its signatures)."""
+    known = [
+        name
+        for name, layer in models.ENDPOINTS.items()
+        if layer != "head" or model.num_classes
+    ]
+    network = models.endpoints(model, known)
+    output = "logits" if model.num_classes else "pre_logits"
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)]
+    )
+    def forward(pixels):
+        return network(pixels)
+
+    @tf.function
+    def call(pixels, training=False):
+        del training  # BiT computes the same in training and inference.
+        return forward(images.to_unit_range(pixels))[output]
+
+    @tf.function
+    def all_endpoints(pixels, training=False):
+        del training
+        return forward(images.to_unit_range(pixels))
+
+    for function in (call, all_endpoints):
+        for dtype in (tf.float32, tf.uint8):
+            spec = tf.TensorSpec([None, None, None, 3], dtype, name="images")
+            for training in (False, True):
+                function.get_concrete_function(spec, training=training)
+
+    specs = [tf.TensorSpec([None, None, None, 3], tf.float32, name="images")]
+
+    @tf.function(input_signature=specs)
+    def serving_default(images):
+        return {"output_1": forward(images)[output]}
+
+    @tf.function(input_signature=specs)
+    def image_feature_vector(images):
+        return {"features": forward(images)["pre_logits"]}
+
+    @tf.function(input_signature=specs)
+    def image_classification(images):
+        logits = forward(images)["logits"]
+        squash = {"softmax": tf.nn.softmax, "sigmoid": tf.nn.sigmoid}
+        return {
+            "logits": logits,
+            "probabilities": squash[probabilities](logits),
+        }
+
+    signatures = {
+        "serving_default": serving_default,
+        "image_feature_vector": image_feature_vector,
+    }
+    if model.num_classes:
+        signatures["image_classification"] = image_classification
+
+    named = models.canonical_variables(model)
+    variables = [variable.value for variable in named.values()]
+    kernels = [
+        variable.value for name, variable in named.items() if "kernel" in name
+    ]
+
+    def penalty(kernel):
+        @tf.function(input_signature=[])
+        def loss():
+            return l2 * tf.reduce_sum(tf.square(kernel))
+
+        return loss
+
+    root = tf.train.Checkpoint()
+    for node, function in ((root, call), (tf.train.Checkpoint(), all_endpoints)):
+        node.__call__ = function
+        node.variables = variables
+        node.trainable_variables = list(variables)
+        node.regularization_losses = (
+            [penalty(kernel) for kernel in kernels] if l2 else []
+        )
+        if node is not root:
+            root.endpoints = node
+    return root, signatures

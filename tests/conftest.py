@@ -1,0 +1,67 @@
+"""Fixtures: small checkpoints and exports, made once a session."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import helpers
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def small_arrays():
+    """Random weights of the `testing` architecture with ten classes."""
+    return helpers.random_arrays(*helpers.TESTING, num_classes=10)
+
+
+@pytest.fixture(scope="session")
+def small_npz(small_arrays, tmp_path_factory):
+    """The same as a checkpoint file."""
+    from bit_tf import checkpoints
+
+    path = tmp_path_factory.mktemp("checkpoint") / "small.npz"
+    checkpoints.write(small_arrays, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_export(small_npz, tmp_path_factory):
+    """The same as a SavedModel with a head, labels and an L2 penalty."""
+    from hub_export import saved_model
+
+    path = tmp_path_factory.mktemp("export") / "small"
+    saved_model.convert(
+        small_npz, path, class_labels=list("abcdefghij"), l2=1e-4
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def features_export(small_npz, tmp_path_factory):
+    """The same as a SavedModel of features."""
+    from hub_export import saved_model
+
+    path = tmp_path_factory.mktemp("export") / "features"
+    saved_model.convert(small_npz, path, head=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Three picture files, two of one size."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = []
+    for index, (height, width) in enumerate([(64, 64), (48, 80), (64, 64)]):
+        pixels = helpers.random_images(1, height, width, seed=index)[0]
+        path = folder / f"photo{index}.png"
+        Image.fromarray(pixels).save(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
