@@ -105,7 +105,7 @@ class _Transfer:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the time for the whole transfer is over")
-        return min(left, self.timeout)
+        return left
 
     def connect(self, host: str, port: int) -> socket.socket:
         """Opens a socket to the first address of a host that answers."""

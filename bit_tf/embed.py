@@ -132,8 +132,7 @@ class ImageEncoder:
         """As `bulk_encode`, one by one, holding few pictures at a time."""
         if on_error not in ("raise", "return"):
             raise ValueError(
-                "on_error must be 'raise' or 'return'. "
-                f"Received: {on_error!r}."
+                f"on_error must be 'raise' or 'return'. Received: {on_error!r}."
             )
         if threads < 1 or chunks < 1:
             raise ValueError(
@@ -290,9 +289,9 @@ class ImageEncoder:
             )
         old_height, old_width = image_array.shape[:2]
         if rescale:
-            width, height = old_width * rescale, old_height * rescale  # type: ignore[assignment]
-        width = width or old_width * height / old_height  # type: ignore[assignment]
-        height = height or old_height * width / old_width  # type: ignore[assignment]
+            width, height = old_width * rescale, old_height * rescale
+        width = width or old_width * height / old_height
+        height = height or old_height * width / old_width
         return images.resize(
             image_array,
             max(1, math.floor(height + 0.5)),
@@ -340,8 +339,7 @@ def _model_name(handle: str) -> str:
 
 
 def _parent(document: dict, path: Sequence[str]) -> dict | None:
+    parent: object = document
     for key in path[:-1]:
-        document = document.get(key)  # type: ignore[assignment]
-        if not isinstance(document, dict):
-            return None
-    return document
+        parent = parent.get(key) if isinstance(parent, dict) else None
+    return parent if isinstance(parent, dict) else None

@@ -2,18 +2,18 @@
 
     BitTfError
     ├── CheckpointError (ValueError)
-    │   ├── CheckpointFormatError      the file is not what it should be
-    │   └── CheckpointMismatchError    names, shapes or dtypes differ from a model
+    │   ├── CheckpointFormatError     the file is not what it should be
+    │   └── CheckpointMismatchError   names, shapes or dtypes differ
     ├── ImageError (ValueError)
-    │   ├── ImageDecodeError           not a picture, or a damaged one
-    │   ├── ImageTooLargeError         over the limit of pixels or bytes
-    │   ├── ImageRangeError            dtype, shape or pixel range not understood
-    │   └── ImageFetchError (OSError)  a URL that could not be read
-    ├── HandleError (ValueError)       not a model handle, or nothing is there
-    ├── ArchiveError (ValueError)      an archive that must not be unpacked
-    ├── UnknownNameError (ValueError)  no such model, label set, preset, endpoint
-    ├── ExportError (RuntimeError)     a SavedModel could not be written
-    │   └── VerificationError          written, but it does not give its values
+    │   ├── ImageDecodeError          not a picture, or a damaged one
+    │   ├── ImageTooLargeError        over the limit of pixels or bytes
+    │   ├── ImageRangeError           dtype, shape or pixel range not accepted
+    │   └── ImageFetchError (OSError) a URL that could not be read
+    ├── HandleError (ValueError)      no model handle, or nothing there
+    ├── ArchiveError (ValueError)     an archive that must not be unpacked
+    ├── UnknownNameError (ValueError) no such model, labels, preset, endpoint
+    ├── ExportError (RuntimeError)    a SavedModel could not be written
+    │   └── VerificationError         written, but it does not give its values
     └── MissingExtraError (ImportError)
 
 Every message states the rule, what was received, and the remedy.

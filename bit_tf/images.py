@@ -6,8 +6,6 @@ a whole picture is an error, never a blank or a partly grey one.
 """
 
 import contextlib
-import dataclasses
-import difflib
 import functools
 import io
 import math
@@ -18,12 +16,12 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from bit_tf import download
+from bit_tf import download, presets, resampling
 from bit_tf.errors import (
     ImageDecodeError,
     ImageError,
@@ -31,6 +29,7 @@ from bit_tf.errors import (
     ImageTooLargeError,
     UnknownNameError,
 )
+from bit_tf.presets import PRESETS, Preset, preset
 
 __all__ = [
     "PRESETS",
@@ -40,6 +39,7 @@ __all__ = [
     "preprocess",
     "preset",
     "resize",
+    "to_pil",
     "to_unit_range",
 ]
 
@@ -177,6 +177,18 @@ def as_float(image: np.ndarray) -> np.ndarray:
     )
 
 
+def to_pil(image: np.ndarray) -> Image.Image:
+    """A picture to look at or to save.
+
+    Args:
+      image: [h, w, 3], uint8 in [0, 255] or floats in [0, 1].
+
+    Raises:
+      ImageRangeError: another shape or range.
+    """
+    return Image.fromarray(_from_array(image))
+
+
 def to_unit_range(x: Any) -> Any:
     """Scales a tensor inside a model or a graph to the range of models.
 
@@ -257,14 +269,16 @@ def resize(
     _check_pixels(width, height, _MAX_PIXELS)
     _check_shape(image)
     if not antialias:
-        result = image if image.dtype == np.uint8 else as_float(image)
-        taps = _bilinear_taps if method == "bilinear" else _bicubic_taps
+        result = as_float(image)
+        taps = resampling.bilinear_taps
+        if method == "bicubic":
+            taps = resampling.bicubic_taps
         edges = [(0, height), (1, width)]
         if height * image.shape[1] > width * image.shape[0]:
             edges.reverse()
         for axis, edge in edges:
             result = result.swapaxes(0, axis)
-            result = _resample(result, *taps(len(result), edge))
+            result = resampling.resample(result, *taps(len(result), edge))
             result = result.swapaxes(0, axis)
         return np.ascontiguousarray(np.clip(result, 0, 1))
     _check_pixels(width, image.shape[0], _MAX_PIXELS)
@@ -279,107 +293,12 @@ def resize(
     return np.clip(np.stack(channels, axis=-1), 0, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """How the makers of one checkpoint prepared pictures.
-
-    Attributes:
-      name: its key in PRESETS.
-      resize: "squash" to (size, size), the "shortest_edge" to size with the
-        aspect ratio kept, or "none".
-      size: pixels of the resized edge.
-      crop: pixels of the square cut from the centre.
-      method: "bilinear" or "bicubic".
-      antialias: True is Pillow's filter, False is TensorFlow's.
-      source: where the numbers come from.
-      offset: whether half a pixel of the crop's offset is rounded to even, as
-        torchvision does, or down, as transformers does.
-    """
-
-    name: str
-    resize: Literal["squash", "shortest_edge", "none"]
-    size: int | None
-    crop: int | None
-    method: Literal["bilinear", "bicubic"]
-    antialias: bool
-    source: str
-    offset: Literal["round", "floor"] = "round"
-
-
-_BIG = "google-research/big_transfer, input_pipeline_tf2_or_jax.py"
-_TIMM = "timm, default_cfgs of resnetv2.py; edge floor(size / crop_pct)"
-_EDGE: Literal["shortest_edge"] = "shortest_edge"
-_ROWS = (
-    Preset("big_transfer eval", "squash", 480, None, "bilinear", False, _BIG),
-    Preset(
-        "big_transfer eval 128", "squash", 128, None, "bilinear", False, _BIG
-    ),
-    Preset(
-        "tfhub", "none", None, None, "bilinear", False, "tfhub.dev/google/bit"
-    ),
-    Preset("timm in21k", _EDGE, 256, 224, "bilinear", True, _TIMM),
-    Preset("timm in1k", _EDGE, 448, 448, "bilinear", True, _TIMM),
-    Preset("timm in1k 480", _EDGE, 480, 480, "bilinear", True, _TIMM),
-    Preset("timm distilled", _EDGE, 256, 224, "bicubic", True, _TIMM),
-    Preset("timm teacher 384", _EDGE, 384, 384, "bicubic", True, _TIMM),
-    Preset(
-        "hf bit-50",
-        _EDGE,
-        448,
-        448,
-        "bilinear",
-        True,
-        "huggingface.co/google/bit-50, preprocessor_config.json",
-        "floor",
-    ),
-    Preset(
-        "big_vision fewshot",
-        "squash",
-        256,
-        224,
-        "bilinear",
-        False,
-        "google-research/big_vision, evaluators/fewshot_lsr.py",
-    ),
-    Preset(
-        "vectorhub",
-        "none",
-        None,
-        None,
-        "bilinear",
-        False,
-        "vectorhub, bit_medium.py; its pixels in 0..255 were a defect that is "
-        "not repeated",
-    ),
-)
-
-PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
-
-
-def preset(name: str) -> Preset:
-    """The preset of this name.
-
-    Raises:
-      UnknownNameError: there is none; the message lists all.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else "Use one of these."
-    raise UnknownNameError(
-        f"A preset is one of {', '.join(map(repr, PRESETS))}. Received: "
-        f"{_short(name)}. {hint}"
-    )
-
-
-_find = preset
-
-
 def preprocess(image: Any, preset: str | Preset) -> np.ndarray:
     """Prepares one picture as the makers of a checkpoint did.
 
     Args:
-      image: anything that decode() takes.
+      image: anything that decode() takes; floats [h, w, 3] in [0, 1] are not
+        rounded to 8 bits.
       preset: a Preset, or the name of one.
 
     Returns:
@@ -391,8 +310,11 @@ def preprocess(image: Any, preset: str | Preset) -> np.ndarray:
       ImageRangeError: the crop is larger than the resized picture.
       UnknownNameError: no such preset.
     """
-    row = preset if isinstance(preset, Preset) else _find(preset)
-    pixels = decode(image)
+    row = preset if isinstance(preset, Preset) else presets.preset(preset)
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+        pixels = as_float(image)
+    else:
+        pixels = decode(image)
     if row.resize != "none":
         if row.size is None:
             raise ImageRangeError(
@@ -426,57 +348,6 @@ def _centre(image: np.ndarray, crop: int, offset: str) -> np.ndarray:
     whole = round if offset == "round" else math.floor
     top, left = whole((height - crop) / 2), whole((width - crop) / 2)
     return image[top : top + crop, left : left + crop]
-
-
-def _places(size: int, out: int) -> np.ndarray:
-    """Where the centres of `out` pixels fall among `size`, as in TF."""
-    scale = np.float32(size) / np.float32(out)
-    half = np.float32(0.5)
-    return (np.arange(out, dtype=np.float32) + half) * scale - half
-
-
-def _bilinear_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and weights [2, out] of tf.image.resize."""
-    place = _places(size, out)
-    low = np.floor(place)
-    weight = place - low
-    indices = np.stack(
-        [np.maximum(low, 0), np.minimum(np.ceil(place), size - 1)]
-    )
-    return indices.astype(np.intp), np.stack([1 - weight, weight])
-
-
-def _bicubic_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and weights [4, out] of tf.image.resize.
-
-    Keys' kernel, a = -0.5, from a table of 1024 steps; taps outside the
-    picture weigh nothing, and the others are scaled to a sum of one.
-    """
-    place = _places(size, out)
-    low = np.floor(place)
-    step = np.rint((place - low) * 1024) / 1024
-    taps = np.arange(-1, 3)[:, None]
-    x = np.abs(taps - step.astype(np.float64))
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    indices = low.astype(np.intp) + taps
-    inside = (indices >= 0) & (indices < size)
-    weights = np.where(x <= 1, near, far) * inside
-    weights /= weights.sum(axis=0)
-    return indices.clip(0, size - 1), weights.astype(np.float32)
-
-
-def _resample(
-    image: np.ndarray, indices: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """Weighted sums of the rows of a picture, in float32."""
-    total = np.zeros((indices.shape[1], *image.shape[1:]), np.float32)
-    for index, weight in zip(indices, weights, strict=True):
-        rows = image[index]
-        if rows.dtype == np.uint8:
-            rows = as_float(rows)
-        total += rows * weight[:, None, None]
-    return total
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

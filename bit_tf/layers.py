@@ -34,9 +34,7 @@ def channel_moments(x):
 
 
 def _mean_over_pixels(x):
-    return ops.mean(
-        ops.mean(x, axis=1, keepdims=True), axis=2, keepdims=True
-    )
+    return ops.mean(ops.mean(x, axis=1, keepdims=True), axis=2, keepdims=True)
 
 
 @keras.saving.register_keras_serializable(package="bit_tf")
@@ -75,15 +73,16 @@ class GroupNormalization(keras.layers.Layer):
     def call(self, inputs):
         channels = inputs.shape[-1]
         mean, variance = channel_moments(inputs)
-        by_group = (-1, 1, 1, self.groups, channels // self.groups)
+        split = (self.groups, channels // self.groups)
+        by_group = (-1, 1, 1, *split)
         mean = ops.reshape(mean, by_group)
         variance = ops.reshape(variance, by_group)
         group_mean = ops.mean(mean, axis=-1, keepdims=True)
         group_variance = ops.mean(
             variance + ops.square(mean - group_mean), axis=-1, keepdims=True
         )
-        gamma = ops.reshape(self.gamma, by_group)
-        beta = ops.reshape(self.beta, by_group)
+        gamma = ops.reshape(self.gamma, split)
+        beta = ops.reshape(self.beta, split)
         scale = gamma * ops.rsqrt(group_variance + self.epsilon)
         offset = beta - group_mean * scale
         by_channel = (-1, 1, 1, channels)
@@ -163,7 +162,11 @@ class StandardizedConv2D(keras.layers.Layer):
         mean, variance = channel_moments(
             ops.reshape(self.kernel, (1, size * size, channels, filters))
         )
-        kernel = (self.kernel - mean) * ops.rsqrt(variance + self.epsilon)
+        # The kernel's only other copy waits for the variance. TensorFlow's
+        # executor starts what is ready, so with (kernel − mean) · scale two
+        # copies of every kernel of a model would stand in memory at once.
+        scale = ops.rsqrt(variance + self.epsilon)
+        kernel = self.kernel * scale - mean * scale
         return ops.cast(kernel, self.compute_dtype)
 
     def call(self, inputs):

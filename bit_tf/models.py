@@ -296,13 +296,15 @@ class ResNetV2(ImageModel):
         **kwargs,
     ):
         dtype = kwargs.pop("dtype", None)
-        constants = variants.NUMERICS[numerics]
+        constants = variants.numerics(numerics)
         epsilons = {
             "ws_epsilon": constants.ws_epsilon,
             "gn_epsilon": constants.gn_epsilon,
         }
         inputs = keras.Input((None, None, 3), name="images")
-        x = keras.layers.Rescaling(2.0, -1.0, name="pixels", dtype=dtype)(inputs)
+        x = keras.layers.Rescaling(2.0, -1.0, name="pixels", dtype=dtype)(
+            inputs
+        )
         x = RootBlock(
             stem_width,
             ws_epsilon=constants.ws_epsilon,
@@ -459,7 +461,7 @@ class canonical_arrays(Mapping[str, np.ndarray]):  # noqa: N801
         }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return keras.ops.convert_to_numpy(self._variables[name])
+        return np.asarray(self._variables[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._variables)
@@ -514,6 +516,12 @@ def load_model(
       FileNotFoundError: there is no such file.
       CheckpointError: the file cannot be used; the message says why.
     """
+    if str(path) in {row.name for row in variants.list_models()}:
+        url = variants.variant(str(path)).url
+        raise errors.CheckpointError(
+            f"load_model takes a file. Received: {path!r}, the name of "
+            f"published weights. Download {url} and pass its path."
+        )
     checkpoint = checkpoints.read(path)
     known = variants.find_architecture(checkpoint.blocks, checkpoint.stem_width)
     model = ResNetV2(

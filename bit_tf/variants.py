@@ -23,6 +23,7 @@ __all__ = [
     "architecture",
     "find_architecture",
     "list_models",
+    "numerics",
     "variant",
 ]
 
@@ -83,7 +84,9 @@ class Architecture:
 
     def count_params(self, num_classes: int = 0) -> int:
         """Number of weights with a head of `num_classes`."""
-        return self.params + num_classes * (self.feature_dim + bool(num_classes))
+        return self.params + num_classes * (
+            self.feature_dim + bool(num_classes)
+        )
 
     def count_arrays(self, head: bool = False) -> int:
         """Number of arrays of a checkpoint, with or without the head's two."""
@@ -311,6 +314,20 @@ def architecture(name: str) -> Architecture:
             f"{_suggest(name, ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
+
+
+def numerics(name: str) -> Numerics:
+    """The constants of that source, such as "google".
+
+    Raises:
+      UnknownNameError: there is none; the message lists all.
+    """
+    if name not in NUMERICS:
+        raise errors.UnknownNameError(
+            f"Numerics are {', '.join(NUMERICS)}. Received: {name!r}."
+            f"{_suggest(name, NUMERICS)}"
+        )
+    return NUMERICS[name]
 
 
 def find_architecture(

@@ -95,7 +95,7 @@ def save(
 
 def read(directory: str | os.PathLike) -> tuple[dict, dict]:
     """The card and the provenance in a SavedModel, as plain dicts."""
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         json.loads((pathlib.Path(directory) / file).read_text("utf-8"))
         for file in (CARD_FILE, PROVENANCE_FILE)
     )

@@ -12,7 +12,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bit_tf import checkpoints, classify, embed, errors, images, labels, variants
+from bit_tf import (
+    checkpoints,
+    classify,
+    embed,
+    errors,
+    images,
+    labels,
+    variants,
+)
 from hub_export import digits, random_weights, saved_model
 
 __all__ = ["run", "write_random_checkpoint"]
@@ -84,7 +92,8 @@ def run(
         if len(pictures) <= NEIGHBOURS:
             pictures, captions = _with_parts(pictures, captions)
     else:
-        pictures, truth = digits.held_out()
+        held_out, truth = digits.held_out()
+        pictures = list(held_out)
         captions = [digits.NAMES[label] for label in truth]
     batch = np.stack(pictures)
 
@@ -122,7 +131,8 @@ def run(
 
     path = directory / "neighbours.png"
     with step(f"Draw nearest neighbours to {path}"):
-        draw_neighbours(batch, vectors, captions, path)
+        firsts = [captions.index(c) for c in dict.fromkeys(captions)]
+        draw_neighbours(batch, vectors, captions, path, firsts[:10])
     if random is not None:
         say("REMEMBER: THE WEIGHTS WERE RANDOM.")
     return path
@@ -182,7 +192,7 @@ def _with_parts(pictures, captions):
 
 
 def _compare(directory: pathlib.Path, batch: np.ndarray) -> float:
-    """Relative difference of hub.KerasLayer in a tf_keras model and hub.load."""
+    """Relative difference of hub.KerasLayer (tf_keras) and hub.load."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         import tensorflow_hub
@@ -210,7 +220,7 @@ def draw_neighbours(
     vectors: np.ndarray,
     captions: Sequence[str],
     path: pathlib.Path,
-    queries: int = 8,
+    queries: Sequence[int],
 ) -> None:
     """Draws pictures, each with the nearest others by cosine similarity.
 
@@ -219,10 +229,10 @@ def draw_neighbours(
       vectors: float [n, d].
       captions: n texts.
       path: the PNG to write.
-      queries: rows.
+      queries: indices of the pictures that get a row.
     """
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    rows = min(queries, len(pictures))
+    rows = len(queries)
     columns = min(NEIGHBOURS, len(pictures) - 1) + 1
     gap, text = 12, 18
     canvas = Image.new(
@@ -232,11 +242,11 @@ def draw_neighbours(
     )
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=11)
-    for row in range(rows):
-        similarity = unit @ unit[row]
-        similarity[row] = -np.inf
+    for row, query in enumerate(queries):
+        similarity = unit @ unit[query]
+        similarity[query] = -np.inf
         nearest = np.argsort(-similarity)[: columns - 1]
-        for column, index in enumerate([row, *nearest]):
+        for column, index in enumerate([query, *nearest]):
             tile = images.to_pil(pictures[index])
             scale = TILE / max(tile.size)
             tile = tile.resize(

@@ -299,7 +299,10 @@ def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):
         return loss
 
     root = tf.train.Checkpoint()
-    for node, function in ((root, call), (tf.train.Checkpoint(), all_endpoints)):
+    for node, function in (
+        (root, call),
+        (tf.train.Checkpoint(), all_endpoints),
+    ):
         node.__call__ = function
         node.variables = variables
         node.trainable_variables = list(variables)

@@ -47,9 +47,7 @@ def group_norm(x, gamma, beta, epsilon, groups=32):
 
 
 def max_pool(x, border):
-    x = np.pad(
-        x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=border
-    )
+    x = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=border)
     height, width = (x.shape[1] - 3) // 2 + 1, (x.shape[2] - 3) // 2 + 1
     windows = [
         x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2]

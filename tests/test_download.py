@@ -430,6 +430,7 @@ def test_only_public_transfers_ignore_the_proxy(server, monkeypatch):
     with pytest.raises(ImageFetchError, match="404"):
         read_url("http://outer.test/ok", timeout=3)
     assert server.seen[0][0] == "http://outer.test/ok"
+    monkeypatch.setenv("http_proxy", "http://never-looked-up.test")
     connecting_to(monkeypatch, server)
     server.seen.clear()
     with pytest.raises(ImageFetchError, match="public addresses"):

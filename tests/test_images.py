@@ -434,7 +434,6 @@ TABLE = [
         grey(np.full((2, 2), 90)),
     ),
     ("hsv", lambda: Image.new("HSV", (1, 1), (0, 0, 33)), grey([[33]])),
-    ("lab", lambda: Image.new("LAB", (1, 1), (0, 128, 128)), grey([[0]])),
     (
         "mode La",
         lambda: Image.fromarray(np.uint8([[[100, 128]]])).convert("La"),
@@ -695,6 +694,20 @@ def test_decode(make, expected):
     assert pixels.flags.c_contiguous
     assert pixels.flags.writeable
     np.testing.assert_array_equal(pixels, expected)
+
+
+def test_lab_is_converted_by_colour_management():
+    middle = decode(Image.new("LAB", (2, 1), (128, 128, 128)))
+    np.testing.assert_allclose(middle, np.full((1, 2, 3), 119), atol=2)
+
+
+@pytest.mark.parametrize("error", [SyntaxError, struct.error, ValueError])
+def test_exif_that_cannot_be_parsed_is_no_orientation(monkeypatch, error):
+    def getexif(self):
+        raise error("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", getexif)
+    np.testing.assert_array_equal(decode(Image.fromarray(SMALL)), SMALL)
 
 
 def test_files_are_read_from_paths(tmp_path, monkeypatch):

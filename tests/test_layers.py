@@ -13,9 +13,12 @@ def data(shape, ratio, rng):
     return (rng.standard_normal(shape) + ratio * signs).astype(np.float32)
 
 
-@pytest.mark.parametrize(("ratio", "bound"), [(0, 1e-6), (10, 1e-5), (100, 3e-4)])
 @pytest.mark.parametrize(
-    "shape", [(1, 112, 112, 32), (2, 56, 56, 64), (1, 7, 7, 2048), (3, 5, 4, 64)]
+    ("ratio", "bound"), [(0, 1e-6), (10, 1e-5), (100, 3e-4)]
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 112, 112, 32), (2, 56, 56, 64), (1, 7, 7, 2048), (3, 5, 4, 64)],
 )
 def test_group_norm_against_float64(shape, ratio, bound, rng):
     # One mean a group: channels of a group share their sign.
@@ -34,15 +37,21 @@ def test_group_norm_against_float64(shape, ratio, bound, rng):
     assert helpers.relative_error(layer(x), expected) <= bound
 
 
-@pytest.mark.parametrize(("ratio", "bound"), [(0, 1e-6), (10, 1e-5), (100, 3e-4)])
-@pytest.mark.parametrize("shape", [(7, 7, 3, 32), (3, 3, 64, 64), (1, 1, 512, 64)])
+@pytest.mark.parametrize(
+    ("ratio", "bound"), [(0, 1e-6), (10, 1e-5), (100, 3e-4)]
+)
+@pytest.mark.parametrize(
+    "shape", [(7, 7, 3, 32), (3, 3, 64, 64), (1, 1, 512, 64)]
+)
 def test_standardization_against_float64(shape, ratio, bound, rng):
     kernel = (0.02 * data(shape, ratio, rng)).astype(np.float32)
     layer = layers.StandardizedConv2D(shape[3], shape[0])
     layer.build((None, None, None, shape[2]))
     layer.kernel.assign(kernel)
     expected = reference.standardize(kernel.astype(np.float64), 1e-10)
-    assert helpers.relative_error(layer.standardized_kernel(), expected) <= bound
+    assert (
+        helpers.relative_error(layer.standardized_kernel(), expected) <= bound
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9])
@@ -122,7 +131,7 @@ def test_config_round_trip(layer):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="multiple of `groups`.*33 channels"):
+    with pytest.raises(ValueError, match=r"multiple of `groups`.*33 channels"):
         layers.GroupNormalization().build((None, 8, 8, 33))
     with pytest.raises(ValueError, match="kernel_size must be odd"):
         layers.StandardizedConv2D(8, 2)

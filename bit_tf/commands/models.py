@@ -12,7 +12,7 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "models",
         help="list published weights",
-        description="Lists the published BiT weights and what is known of them.",
+        description="Lists published BiT weights and what is known of them.",
     )
     parser.add_argument(
         "pattern",

@@ -5,31 +5,32 @@ else to stderr.
 """
 
 import argparse
+import os
 import sys
+import types
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
 
-from absl import app
+from absl import app, logging
 from absl.flags import argparse_flags
 
 import bit_tf
 from bit_tf import errors
 
-__all__ = ["Command", "quiet_tensorflow", "run"]
+__all__ = ["quiet_tensorflow", "run"]
 
 
-class Command(Protocol):
-    """A module of one sub-command."""
+def run(
+    name: str, description: str, commands: Sequence[types.ModuleType]
+) -> None:
+    """Parses the command line, runs the sub-command, and exits.
 
-    @staticmethod
-    def register(subparsers) -> None:
-        """Adds the sub-command; its default `run` takes the parsed arguments
-        and returns the exit code."""
-
-
-def run(name: str, description: str, commands: Sequence[Command]) -> None:
-    """Parses the command line, runs the sub-command, and exits."""
+    Args:
+      name: the program's.
+      description: one line.
+      commands: modules with `register(subparsers)`, which adds a parser whose
+        default `run` takes the parsed arguments and returns the exit code.
+    """
 
     def parse(argv):
         parser = argparse_flags.ArgumentParser(
@@ -66,8 +67,22 @@ def run(name: str, description: str, commands: Sequence[Command]) -> None:
 
 
 def quiet_tensorflow() -> None:
-    """Keeps start-up messages of TensorFlow and tensorflow_hub off stderr."""
-    import os
+    """Imports TensorFlow, and keeps its and tensorflow_hub's notes away.
 
+    Some are written by C++ before TensorFlow reads any setting, straight to
+    the file descriptor.
+    """
+    logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        import tensorflow as tf
+
+        tf.config.get_visible_devices()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
