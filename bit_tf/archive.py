@@ -51,6 +51,7 @@ def unpack(
         try:
             with tarfile.open(path, "r:*") as archive:
                 _extract(archive, pathlib.Path(staging), max_bytes, max_members)
+                _drain(archive)
         except (tarfile.TarError, EOFError, zlib.error) as error:
             raise errors.ArchiveError(
                 f"{os.fspath(path)!r} is not a whole tar archive: {error}. "
@@ -60,6 +61,18 @@ def unpack(
         os.rename(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _drain(archive: tarfile.TarFile) -> None:
+    """Reads what follows the last member, so that gzip checks its sum."""
+    if archive.fileobj is None:
+        return
+    for _ in range(64):
+        if not archive.fileobj.read(_CHUNK):
+            return
+    raise errors.ArchiveError(
+        "An archive ends after its last member. Received: over 64 MiB more."
+    )
 
 
 def _extract(

@@ -65,9 +65,15 @@ class ImageEncoder:
             "installation": "pip install bit-tf",
             "release_date": "2019-12-24",
             "category": "image",
-            "short_description": self._description,
+            "short_description": self._describe(),
             "example": f"{type(self).__name__}().encode('photo.jpg')",
         }
+
+    def _describe(self) -> str:
+        published = {row.feature_handle for row in variants.list_models()}
+        if self.model_url in published:
+            return self._description
+        return f"Image features of {self.model_url}."
 
     @property
     def zero_vector(self) -> list[float]:

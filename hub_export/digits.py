@@ -91,7 +91,11 @@ def train(directory: pathlib.Path, epochs: int, seed: int) -> float:
                 yield np.roll(x[chosen], shift, (1, 2)), y[chosen]
 
     model.fit(
-        batches(), steps_per_epoch=len(seen) // batch, epochs=epochs, verbose=2
+        batches(),
+        steps_per_epoch=len(seen) // batch,
+        epochs=epochs,
+        shuffle=False,  # batches() does.
+        verbose=2,
     )
     _, accuracy = model.evaluate(x[unseen], y[unseen], verbose=0)
     directory.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ __all__ = ["FILE", "check", "check_in_fresh_process", "make", "save"]
 FILE = pathlib.PurePath("assets.extra", "golden.npz")
 # Between machines and thread counts sums are taken in another order.
 TOLERANCE = 1e-4
-# With two executor threads and oneDNN's caches a model takes half as much
-# memory again; the check takes two pictures, so it can do without both.
+# oneDNN's caches and a second executor thread take memory for speed, which a
+# check on two pictures does not need.
 _FRUGAL = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",

@@ -14,7 +14,15 @@ from collections.abc import Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from bit_tf import checkpoints, errors, images, labels, models, variants
+from bit_tf import (
+    checkpoints,
+    errors,
+    hub,
+    images,
+    labels,
+    models,
+    variants,
+)
 from hub_export import card, golden
 
 __all__ = ["convert", "export"]
@@ -83,8 +91,9 @@ def export(
         many = labels.LABEL_SETS["imagenet21k"]
         probabilities = "sigmoid" if model.num_classes == many else "softmax"
     with _staged(path, overwrite) as directory:
-        root, signatures = _serving_objects(model, probabilities, l2)
-        tf.saved_model.save(root, directory, signatures=signatures)
+        with _unit_by_unit(model):
+            root, signatures = _serving_objects(model, probabilities, l2)
+            tf.saved_model.save(root, directory, signatures=signatures)
         if classes:
             labels.write_saved_model(classes, directory)
         golden.save(golden.make(model), directory)
@@ -225,6 +234,33 @@ def _sync(directory: str) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _unit_by_unit(model: models.ResNetV2) -> Iterator[None]:
+    """Traces a model too large to freeze with one function for every unit.
+
+    TensorFlow's executor starts whatever is ready, so in one flat graph the
+    kernels of the whole model are standardized at once, and take as much
+    memory again as the weights. A function's body waits for its arguments.
+    """
+    units = []
+    if 4 * model.count_params() > hub.FREEZE_LIMIT:
+        units = [
+            unit
+            for layer in model.layers
+            if isinstance(layer, models.Block)
+            for unit in layer.units
+        ]
+    for unit in units:
+        unit.call = tf.function(
+            unit.call, experimental_attributes={"_noinline": True}
+        )
+    try:
+        yield
+    finally:
+        for unit in units:
+            del unit.call
 
 
 def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):

@@ -1,0 +1,242 @@
+"""The command lines, in this process (see `call`) and in fresh ones."""
+
+import json
+import os
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+
+import bit_tf
+from bit_tf import commands as bit_tf_commands
+from hub_export import commands as hub_export_commands
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command line: (exit code, stdout, stderr)."""
+
+    def run(program, *arguments):
+        main = {
+            "bit-tf": bit_tf_commands.main,
+            "hub-export": hub_export_commands.main,
+        }[program]
+        arguments = [program, *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_models(call):
+    code, out, _ = call("bit-tf", "models")
+    assert code == 0
+    assert "BiT-M-R50x1 " in out
+    assert "68.3M" in out
+    assert len(out.splitlines()) == 1 + 18
+    code, out, _ = call("bit-tf", "models", "vtab/*run0-dtd", "--json")
+    rows = json.loads(out)
+    assert [row["num_classes"] for row in rows] == [47] * 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bit-tf",),
+        ("bit-tf", "nonsense"),
+        ("bit-tf", "embed"),
+        ("bit-tf", "classify", "x.png", "--top", "many"),
+        ("hub-export", "convert", "only-one"),
+        ("hub-export", "convert", "a", "b", "--to", "gif"),
+        ("hub-export", "demo", "x.npz", "--random", "R50x1"),
+    ],
+)
+def test_wrong_usage_exits_2(call, arguments):
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "usage:" in err
+
+
+def test_embed_json_lines(call, features_export, photos):
+    code, out, _ = call(
+        "bit-tf",
+        "embed",
+        *photos,
+        *("--model", features_export, "--preset", "tfhub"),
+    )
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["source"] for row in rows] == [str(p) for p in photos]
+    encoder = bit_tf.BitMedium2Vec(features_export)
+    for row, path in zip(rows, photos, strict=True):
+        error = helpers.relative_error(row["embedding"], encoder.encode(path))
+        assert error <= 1e-5
+
+
+def test_embed_files(call, features_export, photos, tmp_path):
+    options = ("--model", features_export, "--preset", "big_transfer eval 128")
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"not a picture")
+    npy, table = tmp_path / "x.npy", tmp_path / "x.parquet"
+
+    code, _, _ = call("bit-tf", "embed", *photos, *options, "--output", npy)
+    assert code == 0
+    vectors = np.load(npy)
+    assert vectors.shape == (3, 1024)
+    assert vectors.dtype == np.float32
+    encoder = bit_tf.BitMedium2Vec(features_export, "big_transfer eval 128")
+    expected = [encoder.encode(path) for path in photos]
+    assert helpers.relative_error(vectors, expected) <= 1e-5
+
+    code, _, err = call(
+        "bit-tf", "embed", *photos, bad, *options, "--output", table
+    )
+    assert code == 1
+    assert str(bad) in err
+    from pyarrow import parquet
+
+    rows = parquet.read_table(table)
+    assert rows.column("source").to_pylist() == [str(p) for p in [*photos, bad]]
+    assert rows.schema.metadata[b"preset"] == b"big_transfer eval 128"
+    assert rows.schema.metadata[b"model"] == str(features_export).encode()
+    assert rows.schema.field("embedding").type.list_size == 1024
+    found = rows.column("embedding").to_pylist()
+    assert found[3] is None
+    assert helpers.relative_error(found[:3], expected) <= 1e-5
+    assert rows.column("error").to_pylist()[:3] == [None] * 3
+    assert "Received" in rows.column("error").to_pylist()[3]
+
+    before = npy.read_bytes()
+    code, _, err = call(
+        "bit-tf", "embed", *photos, bad, *options, "--output", npy
+    )
+    assert code == 1
+    assert "Nothing was written" in err
+    assert npy.read_bytes() == before
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["bad.png", "x.npy", "x.parquet"]
+
+
+def test_embed_errors(call, features_export, photos, tmp_path):
+    code, _, err = call("bit-tf", "embed", photos[0], "--output", "x.csv")
+    assert code == 1
+    assert ".parquet" in err
+    code, _, err = call(
+        "bit-tf", "embed", photos[0], "--model", tmp_path / "none"
+    )
+    assert code == 1
+    assert "no such path" in err
+    code, _, err = call(
+        *("bit-tf", "embed", photos[0], "--model", features_export),
+        *("--preset", "none such"),
+    )
+    assert code == 1
+    assert "big_transfer eval" in err
+
+
+def test_classify(call, small_export, photos, tmp_path):
+    options = ("--model", small_export, "--preset", "tfhub", "--top", 3)
+    code, out, _ = call("bit-tf", "classify", *photos[:2], *options)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == str(photos[0])
+    assert len(lines) == 2 * 4
+    code, out, err = call(
+        *("bit-tf", "classify", photos[0], tmp_path / "none.png"),
+        *options,
+        "--json",
+    )
+    assert code == 1
+    good, bad = map(json.loads, out.splitlines())
+    assert [row["name"] for row in good["classes"]] == [
+        line.split()[1] for line in lines[1:4]
+    ]
+    assert "none.png" in bad["source"]
+    assert "none.png" in err
+
+
+def test_convert(call, small_npz, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"class {i}\n" for i in range(10)))
+    out_directory = tmp_path / "out"
+    code, out, _ = call(
+        *("hub-export", "convert", small_npz, out_directory),
+        *("--labels", names, "--json"),
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert report["variables"] == 45
+    assert report["relative_error"] < 1e-5
+    written = (out_directory / "assets" / "labels.txt").read_text()
+    assert written == names.read_text()
+    code, _, err = call("hub-export", "convert", small_npz, out_directory)
+    assert code == 1
+    assert "--overwrite" in err
+    code, out, _ = call(
+        *("hub-export", "convert", small_npz, out_directory, "--overwrite"),
+        *("--head", "none", "--numerics", "timm"),
+    )
+    assert code == 0
+    assert "43 variables" in out
+    from hub_export import card
+
+    assert card.read(out_directory)[0]["numerics"]["ws_epsilon"] == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "existing file"),
+        (b"", "empty"),
+        (b"<html>404</html>", "google_npz"),
+        (b"PK\x03\x04 and no more", "google_npz"),
+    ],
+)
+def test_convert_of_bad_files(call, tmp_path, content, message):
+    path = tmp_path / "bad.npz"
+    if content is not None:
+        path.write_bytes(content)
+    code, out, err = call("hub-export", "convert", path, tmp_path / "out")
+    assert code == 1
+    assert out == ""
+    assert message.lower() in err.lower()
+    assert not (tmp_path / "out").exists()
+
+
+def test_installed_commands_speak_cleanly(features_export, photos):
+    """In fresh processes: results on stdout and nothing else anywhere."""
+    binaries = os.path.dirname(sys.executable)
+    process = subprocess.run(
+        [
+            *(os.path.join(binaries, "bit-tf"), "embed", str(photos[0])),
+            *("--model", str(features_export), "--preset", "tfhub"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert len(json.loads(process.stdout)["embedding"]) == 1024
+    assert process.stderr == ""
+    process = subprocess.run(
+        [os.path.join(binaries, "bit-tf"), "embed", "-"],
+        input=b"",
+        capture_output=True,
+        env={**os.environ, "TFHUB_CACHE_DIR": "/nonexistent/cache"},
+    )
+    assert process.returncode == 1
+    assert process.stdout == b""
+    assert b"bit-tf: error: No model could be fetched" in process.stderr
+    assert b"Traceback" not in process.stderr
+
+
+def test_missing_extra_is_named(call, photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    code, _, err = call("bit-tf", "embed", photos[0], "--output", "x.parquet")
+    assert code == 1
+    assert "pip install 'bit-tf[parquet]'" in err

@@ -1,0 +1,176 @@
+"""The notebooks: clean files whose cells call the packages and run offline."""
+
+import ast
+import base64
+import io
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+# What a cell may import, beside the standard library.
+PACKAGES = {
+    *("bit_tf", "hub_export", "google", "matplotlib", "numpy", "sklearn")
+}
+LONGEST_CELL = 20
+
+each_notebook = pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=lambda path: path.stem
+)
+
+
+@pytest.fixture(autouse=True)
+def jupyter(monkeypatch, tmp_path):
+    """Jupyter with this interpreter as its kernel and no settings of a user."""
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    home = tmp_path / "jupyter"
+    for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
+        monkeypatch.setenv(f"JUPYTER_{name}", str(home / name.lower()))
+    monkeypatch.setenv("IPYTHONDIR", str(home / "ipython"))
+    monkeypatch.setenv("JUPYTER_PATH", str(home))
+    from ipykernel import kernelspec
+
+    kernel = home / "kernels" / "python3"
+    kernel.parent.mkdir(parents=True)
+    kernelspec.write_kernel_spec(kernel)
+    spec = json.loads((kernel / "kernel.json").read_text("utf-8"))
+    assert spec["argv"][0] == sys.executable
+
+
+def read(path):
+    import nbformat
+
+    return nbformat.reads(path.read_text("utf-8"), as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def without_magics(source):
+    """Python of a cell: a magic's line becomes `pass`."""
+    lines = []
+    for line in source.splitlines():
+        code = line.lstrip()
+        magic = code.startswith(("%", "!"))
+        lines.append(line[: len(line) - len(code)] + "pass" if magic else line)
+    return "\n".join(lines)
+
+
+def test_there_are_notebooks():
+    assert "bit_embeddings" in [path.stem for path in NOTEBOOKS]
+
+
+@each_notebook
+def test_file_is_valid_and_has_no_outputs(path):
+    import nbformat
+
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in code_cells(notebook):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+        assert cell.metadata == {}
+    text = nbformat.writes(notebook).rstrip("\n") + "\n"
+    assert path.read_text("utf-8") == text
+
+
+@each_notebook
+def test_cells_are_short_and_call_the_packages(path):
+    for cell in code_cells(read(path)):
+        assert len(cell.source.splitlines()) <= LONGEST_CELL, cell.id
+        assert max(map(len, cell.source.splitlines())) <= 80, cell.id
+        tree = ast.parse(without_magics(cell.source), cell.id)
+        compile(tree, cell.id, "exec")
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.ClassDef), cell.id
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            else:
+                continue
+            tops = {name.partition(".")[0] for name in names}
+            assert tops <= PACKAGES | sys.stdlib_module_names, cell.id
+
+
+@each_notebook
+def test_runs_offline(path, features_export, monkeypatch, tmp_path):
+    import nbclient
+
+    work = tmp_path / "work"
+    work.mkdir()
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("BIT_TF_NOTEBOOK_MODEL", str(features_export))
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(cache))
+    # Any request fails at once, instead of leaving this machine.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    python_path = [str(ROOT), os.environ.get("PYTHONPATH")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, python_path)))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+
+    notebook = read(path)
+    nbclient.NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(work)}},
+    ).execute()
+
+    outputs = [o for cell in code_cells(notebook) for o in cell.outputs]
+    assert outputs
+    assert not any(output.output_type == "error" for output in outputs)
+    printed = "".join(
+        output.text
+        for output in outputs
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+    assert f"Model: {features_export}\n" in printed
+    assert "BIT_TF_NOTEBOOK_MODEL is set" in printed
+    assert not cache.exists(), "the model was not to be downloaded"
+    if check := CHECKS.get(path.stem):
+        check(work, outputs, printed, features_export)
+
+
+def check_bit_embeddings(work, outputs, printed, model):
+    figures = [
+        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+        for output in outputs
+        if output.output_type == "display_data" and "image/png" in output.data
+    ]
+    assert len(figures) == 2
+    for figure in figures:
+        assert figure.width > 800
+        assert np.unique(figure.convert("L")).size > 100
+
+    with np.load(work / "bit_embeddings" / "vectors.npz") as saved:
+        names, vectors = list(saved["names"]), saved["vectors"]
+        assert saved["model"] == str(model)
+        assert saved["preset"] == "big_transfer eval"
+    assert vectors.shape == (8, 1024)
+    assert vectors.dtype == np.float32
+    assert np.isfinite(vectors).all()
+    assert "Length of a vector: 1024\n" in printed
+    assert "FAILED: notes.txt: A picture is" in printed
+    assert "notes.txt" not in names
+
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = unit @ unit.T - 2 * np.eye(len(names))
+    for query, name in enumerate(names):
+        photo, _, part = name.partition(", ")
+        nearest = names[similarity[query].argmax()]
+        if part:
+            assert nearest == photo
+        assert f"\n{name}: {nearest} (" in printed
+
+
+CHECKS = {"bit_embeddings": check_bit_embeddings}
