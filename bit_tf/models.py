@@ -302,9 +302,7 @@ class ResNetV2(ImageModel):
             "gn_epsilon": constants.gn_epsilon,
         }
         inputs = keras.Input((None, None, 3), name="images")
-        x = keras.layers.Rescaling(2.0, -1.0, name="pixels", dtype=dtype)(
-            inputs
-        )
+        x = 2.0 * inputs - 1.0
         x = RootBlock(
             stem_width,
             ws_epsilon=constants.ws_epsilon,

@@ -298,6 +298,7 @@ def r50x1(tmp_path_factory):
     return bit_tf.load_model(folder / "r50x1.npz"), folder / "model"
 
 
+@pytest.mark.slow
 def test_r50x1_in_every_consumer(r50x1, tmp_path):
     model, export = r50x1
     pictures = helpers.random_images(1, 97, 131) / np.float32(255)
