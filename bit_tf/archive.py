@@ -4,10 +4,9 @@ import os
 import pathlib
 import shutil
 import tarfile
-import tempfile
 import zlib
 
-from bit_tf import errors
+from bit_tf import errors, files
 
 __all__ = ["is_archive", "unpack"]
 
@@ -42,12 +41,7 @@ def unpack(
       ArchiveError: the archive is damaged, hostile, or over a limit.
       FileNotFoundError: there is no such archive.
     """
-    target = pathlib.Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = tempfile.mkdtemp(
-        prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-    )
-    try:
+    with files.new_directory(directory) as staging:
         try:
             with tarfile.open(path, "r:*") as archive:
                 _extract(archive, pathlib.Path(staging), max_bytes, max_members)
@@ -57,10 +51,6 @@ def unpack(
                 f"{os.fspath(path)!r} is not a whole tar archive: {error}. "
                 "Download it again."
             ) from error
-        os.chmod(staging, 0o755)
-        os.rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _drain(archive: tarfile.TarFile) -> None:

@@ -17,6 +17,7 @@ from bit_tf import (
     classify,
     embed,
     errors,
+    files,
     images,
     labels,
     variants,
@@ -264,6 +265,5 @@ def draw_neighbours(
             draw.text((x, y + TILE + 2), label, fill="black", font=font)
         edge = gap + TILE + 1.5 * gap
         draw.line([(edge, y), (edge, y + TILE)], fill="grey")
-    staging = path.with_name(f".{path.name}.tmp")
-    canvas.save(staging, format="PNG")
-    staging.replace(path)
+    with files.new_file(path) as file:
+        canvas.save(file, format="PNG")

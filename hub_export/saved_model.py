@@ -7,8 +7,6 @@ The interface is TF Hub's "reusable SavedModel": `__call__`, `variables`,
 import contextlib
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -17,6 +15,7 @@ import tensorflow as tf
 from bit_tf import (
     checkpoints,
     errors,
+    files,
     hub,
     images,
     labels,
@@ -195,45 +194,14 @@ def _staged(path: str | os.PathLike, overwrite: bool) -> Iterator[str]:
             "exists; choose another, or pass overwrite=True (--overwrite)."
         )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.mkdtemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-    except OSError as error:
-        raise errors.ExportError(
-            f"Cannot write beside {str(target)!r}: {error}."
-        ) from error
-    try:
-        yield staging
-        os.chmod(staging, 0o755)
-        _sync(staging)
-        if overwrite and target.exists():
-            old = tempfile.mkdtemp(
-                prefix=f".{target.name}.", suffix=".old", dir=target.parent
-            )
-            os.rename(target, os.path.join(old, "model"))
-            os.rename(staging, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(staging, target)
+        with files.new_directory(target, overwrite) as directory:
+            yield directory
     except (OSError, tf.errors.OpError) as error:
         raise errors.ExportError(
             f"The SavedModel could not be written to {str(target)!r}: {error}. "
             "Nothing was left behind; check the free space, and that no other "
             "process writes there."
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(directory: str) -> None:
-    for folder, _, files in os.walk(directory):
-        for name in [*files, "."]:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -253,7 +221,7 @@ def _unit_by_unit(model: models.ResNetV2) -> Iterator[None]:
             for unit in layer.units
         ]
     for unit in units:
-        unit.call = tf.function(
+        unit.call = tf.function(  # type: ignore[method-assign]
             unit.call, experimental_attributes={"_noinline": True}
         )
     try:

@@ -11,7 +11,7 @@ import helpers
 import numpy as np
 import pytest
 
-from bit_tf import checkpoints, errors
+from bit_tf import checkpoints, errors, files
 from bit_tf.checkpoints import checkpoint, google_npz, layout
 
 TINY = (1, 1, 1, 1)
@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, arrays, room):
 
         return Full()
 
-    monkeypatch.setattr(google_npz, "open", full_disk, raising=False)
+    monkeypatch.setattr(files, "open", full_disk, raising=False)
     if room < 10**9:
         with pytest.raises(OSError, match="No space left") as raised:
             google_npz.write(arrays, target)
@@ -287,7 +287,7 @@ def test_a_failure_at_the_end(tmp_path, monkeypatch, arrays, function):
         raise OSError(errno.EIO, "Input/output error")
 
     (tmp_path / "a.npz").write_bytes(b"old")
-    monkeypatch.setattr(google_npz.os, function, fail)
+    monkeypatch.setattr(files.os, function, fail)
     with pytest.raises(OSError, match="Input/output"):
         google_npz.write(arrays, tmp_path / "a.npz")
     assert (tmp_path / "a.npz").read_bytes() == b"old"

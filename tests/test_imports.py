@@ -17,7 +17,7 @@ import hub_export
 # A file imports files of its own row or of rows above it, in no circle.
 LAYERS = """
     bit_tf/__init__ hub_export/__init__
-    bit_tf/errors
+    bit_tf/errors bit_tf/files
     bit_tf/handles bit_tf/variants bit_tf/labels bit_tf/hyperrule
         bit_tf/archive bit_tf/presets bit_tf/resampling bit_tf/download
     bit_tf/checkpoints/*

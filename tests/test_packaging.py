@@ -44,7 +44,7 @@ def build(kind, source, folder):
     subprocess.run(
         [
             *(sys.executable, "-c"),
-            f"from setuptools import build_meta as b; b.build_{kind}(r'{folder}')",
+            f"from setuptools.build_meta import *; build_{kind}(r'{folder}')",
         ],
         cwd=source,
         check=True,

@@ -15,7 +15,6 @@ import io
 import math
 import os
 import re
-import secrets
 import struct
 import zipfile
 import zlib
@@ -25,7 +24,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from bit_tf import errors
+from bit_tf import errors, files
 from bit_tf.checkpoints import checkpoint, layout
 
 __all__ = ["NAME", "LOOKS_FOR", "sniff", "read", "write", "file_size"]
@@ -160,18 +159,12 @@ def write(
             detected.blocks, detected.stem_width, detected.num_classes
         ),
     )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name in sorted(shapes):
-                    _write_member(archive, name, shapes[name], arrays[name])
-            file.flush()
-            os.fsync(file.fileno())
-        _read_back(temporary, shapes)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.new_file(path) as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name in sorted(shapes):
+                _write_member(archive, name, shapes[name], arrays[name])
+        file.flush()
+        _read_back(Path(file.name), shapes)
 
 
 def file_size(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -3,9 +3,8 @@
 import json
 import os
 import sys
-import tempfile
 
-from bit_tf import errors
+from bit_tf import errors, files
 from bit_tf.commands import program
 
 __all__ = ["add_pictures", "register"]
@@ -98,20 +97,8 @@ def _writer(output: str):
         errors.import_extra("pyarrow.parquet", "parquet")
 
     def write(results, encoder, preset):
-        folder, name = os.path.split(os.path.abspath(output))
-        descriptor, staging = tempfile.mkstemp(
-            prefix=f".{name}.", suffix=".tmp", dir=folder
-        )
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                writers[suffix](file, results, encoder, preset)
-                file.flush()
-                os.fsync(descriptor)
-            os.chmod(staging, 0o644)
-            os.replace(staging, output)
-        finally:
-            if os.path.exists(staging):
-                os.remove(staging)
+        with files.new_file(output) as file:
+            writers[suffix](file, results, encoder, preset)
 
     return write
 
