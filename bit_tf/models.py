@@ -240,7 +240,9 @@ class ImageModel(keras.Model):
     """A functional model of pictures that takes float [0,1] or uint8 [0,255].
 
     Keras would cast integers to float 0..255 before the first layer runs, so
-    they are scaled before that.
+    they are scaled before that. Inside another functional or Sequential model
+    it is the outer one that casts: begin that one with
+    `keras.Input((None, None, 3), dtype="uint8")`, or feed it floats in [0, 1].
     """
 
     def call(self, inputs, training=None, mask=None, **kwargs):

@@ -17,11 +17,11 @@ from bit_tf import (
     errors,
     files,
     hub,
-    images,
     labels,
     models,
     variants,
 )
+from bit_tf.images import to_unit_range
 from hub_export import card, golden
 
 __all__ = ["convert", "export"]
@@ -244,18 +244,18 @@ def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):
     @tf.function(
         input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)]
     )
-    def forward(pixels):
-        return network(pixels)
+    def forward(images):
+        return network(images)
 
     @tf.function
-    def call(pixels, training=False):
+    def call(images, training=False):
         del training  # BiT computes the same in training and inference.
-        return forward(images.to_unit_range(pixels))[output]
+        return forward(to_unit_range(images))[output]
 
     @tf.function
-    def all_endpoints(pixels, training=False):
+    def all_endpoints(images, training=False):
         del training
-        return forward(images.to_unit_range(pixels))
+        return forward(to_unit_range(images))
 
     for function in (call, all_endpoints):
         for dtype in (tf.float32, tf.uint8):

@@ -35,6 +35,7 @@ def test_both_dtypes_and_training_values(small, keras_small):
             found = small(images, training=training)
             assert helpers.relative_error(found, expected) <= 1e-5
         assert helpers.relative_error(small(images), expected) <= 1e-5
+        assert helpers.relative_error(small(images=images), expected) <= 1e-5
 
 
 def test_reusable_interface(small, small_arrays):
