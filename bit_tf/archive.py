@@ -1,5 +1,6 @@
 """Unpacking of model archives that may be damaged or hostile."""
 
+import gzip
 import os
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ def unpack(
     path: str | os.PathLike,
     directory: str | os.PathLike,
     *,
+    overwrite: bool = False,
     max_bytes: int = 16 * 2**30,
     max_members: int = 10_000,
 ) -> None:
@@ -33,7 +35,8 @@ def unpack(
 
     Args:
       path: a .tar, .tar.gz or .tgz file.
-      directory: must not exist; appears by rename.
+      directory: appears by rename, and must not exist, unless overwrite.
+      overwrite: whether what is at `directory` is replaced.
       max_bytes: limit of the unpacked size.
       max_members: limit of the number of members.
 
@@ -41,16 +44,44 @@ def unpack(
       ArchiveError: the archive is damaged, hostile, or over a limit.
       FileNotFoundError: there is no such archive.
     """
-    with files.new_directory(directory) as staging:
+    with files.new_directory(directory, overwrite) as staging:
         try:
-            with tarfile.open(path, "r:*") as archive:
+            with tarfile.open(path, "r:*", tarinfo=_Member) as archive:
                 _extract(archive, pathlib.Path(staging), max_bytes, max_members)
                 _drain(archive)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
+        except (
+            tarfile.TarError,
+            EOFError,
+            zlib.error,
+            gzip.BadGzipFile,
+            FileExistsError,
+            NotADirectoryError,
+            UnicodeError,
+        ) as error:
             raise errors.ArchiveError(
                 f"{os.fspath(path)!r} is not a whole tar archive: {error}. "
                 "Download it again."
             ) from error
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extended header, which is read whole, is small."""
+
+    _EXTENDED = (
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    )
+
+    def _proc_member(self, archive):
+        if self.type in self._EXTENDED and self.size > _CHUNK:
+            raise errors.ArchiveError(
+                f"An extended header may have {_CHUNK} bytes. Received: "
+                f"{self.size}, before {self.name!r}."
+            )
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def _drain(archive: tarfile.TarFile) -> None:
@@ -71,12 +102,17 @@ def _extract(
     max_bytes: int,
     max_members: int,
 ) -> None:
-    total = 0
+    total = count = 0
     for count, member in enumerate(archive, start=1):
         parts = pathlib.PurePosixPath(member.name).parts
-        if member.name.startswith("/") or ".." in parts:
+        if (
+            member.name.startswith("/")
+            or ".." in parts
+            or any(len(os.fsencode(part)) > 255 for part in parts)
+        ):
             raise errors.ArchiveError(
-                "Members must lie inside the archive's directory. "
+                "Members must lie inside the archive's directory, under names "
+                "of up to 255 bytes. "
                 f"Received: {member.name!r}."
             )
         if not (member.isreg() or member.isdir()):
@@ -106,3 +142,5 @@ def _extract(
             raise errors.ArchiveError(
                 f"{member.name!r} is cut short. Download the archive again."
             )
+    if not count:
+        raise errors.ArchiveError("An archive holds at least one member.")

@@ -36,20 +36,25 @@ class Classifier:
         self._function, count = hub.picture_function(
             model, "image_classification", "probabilities", handle
         )
-        known = {number: name for name, number in labels.LABEL_SETS.items()}
         own = labels.read_saved_model(directory)
         self._activation = lambda scores: scores
         if "image_classification" not in getattr(model, "signatures", {}):
-            if count not in known:
+            known = labels.of_count(count)
+            if known is None:
                 raise errors.HandleError(
                     "A classifier has the signature image_classification, or "
-                    f"returns logits of {sorted(known)} classes. Received from "
-                    f"{handle!r}: {count} outputs and no such signature. For "
-                    "its vectors, use: bit-tf embed"
+                    f"returns logits of {list(labels.LABEL_SETS.values())} "
+                    f"classes. Received from {handle!r}: {count} outputs and "
+                    "no such signature. For its vectors, use: bit-tf embed"
                 )
-            sigmoid = known[count] == "imagenet21k"
-            self._activation = tf.nn.sigmoid if sigmoid else tf.nn.softmax
-            own = own or labels.label_set(known[count])
+            squash = {"softmax": tf.nn.softmax, "sigmoid": tf.nn.sigmoid}
+            self._activation = squash[labels.activation(count)]
+            own = own or labels.label_set(known)
+        if own and len(own) != count:
+            raise errors.HandleError(
+                f"assets/labels.txt must name each of the {count} classes. "
+                f"Received: {len(own)} lines in {handle!r}."
+            )
         self.labels = own or [labels.Label("", str(i)) for i in range(count)]
 
     def classify(self, image, top: int = 5) -> list[tuple[str, str, float]]:

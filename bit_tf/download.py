@@ -22,9 +22,14 @@ from bit_tf.errors import (
     ImageError,
     ImageFetchError,
     ImageTooLargeError,
+    brief,
 )
 
-__all__ = ["read_source", "read_url"]
+__all__ = ["MAX_BYTES", "TIMEOUT", "read_source", "read_url"]
+
+# What a picture may take unless the caller says otherwise: bytes, seconds.
+MAX_BYTES = 64 * 2**20
+TIMEOUT = 20.0
 
 _MAX_REDIRECTS = 5
 _CHUNK = 64 * 1024
@@ -34,8 +39,8 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 def read_url(
     url: str,
     *,
-    max_bytes: int = 64 * 2**20,
-    timeout: float = 20.0,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = TIMEOUT,
     public_only: bool = False,
 ) -> bytes:
     """Reads the body behind an http or https URL.
@@ -368,8 +373,8 @@ def _shown(url: str) -> str:
 def read_source(
     source: Any,
     *,
-    max_bytes: int = 64 * 2**20,
-    timeout: float = 20.0,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = TIMEOUT,
     public_only: bool = False,
 ) -> bytes:
     """Reads the bytes of a picture from wherever they are.
@@ -415,7 +420,7 @@ def _read_data_url(text: str) -> bytes:
     head, comma, body = text[5:].partition(",")
     malformed = (
         "A data URL has the form data:image/png;base64,… or data:,… with "
-        f"percent-encoded bytes. Received: {_brief(text)}. Encode it so."
+        f"percent-encoded bytes. Received: {brief(text)}. Encode it so."
     )
     if not comma:
         raise ImageDecodeError(malformed)
@@ -435,7 +440,7 @@ def _read_path(path: str, max_bytes: int) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ImageFetchError(
-                f"{unreadable}{_brief(path)}, which is a directory or a "
+                f"{unreadable}{brief(path)}, which is a directory or a "
                 "device. Give the path of a picture."
             )
         with open(path, "rb") as file:
@@ -445,7 +450,7 @@ def _read_path(path: str, max_bytes: int) -> bytes:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise ImageFetchError(
-            f"{unreadable}{_brief(path)} ({why}). {remedy}"
+            f"{unreadable}{brief(path)} ({why}). {remedy}"
         ) from error
 
 
@@ -454,23 +459,25 @@ def _read_file(file: Any, max_bytes: int) -> bytes:
     while len(data) <= max_bytes:
         try:
             part = file.read(2**20)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            LookupError,
+        ) as error:
             raise ImageFetchError(
                 "A file object must be open for reading. Received: "
-                f"{_brief(file)} ({error}). Open it with mode 'rb'."
+                f"{brief(file)} ({error}). Open it with mode 'rb'."
             ) from error
         if not isinstance(part, (bytes, bytearray, memoryview)):
             raise ImageDecodeError(
                 "A file object must give bytes. Received: "
-                f"{type(part).__name__} from {_brief(file)}. Open it with "
+                f"{type(part).__name__} from {brief(file)}. Open it with "
                 "mode 'rb'."
             )
         if not part:
             break
         data += part
     return bytes(data)
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 90 else f"{text[:80]}…"

@@ -6,13 +6,17 @@
 Names and arguments are those of vectorhub.encoders.image.tfhub. Its defects
 are not: pixels are scaled, batches are batches, grey and transparent pictures
 are converted, and an error is an error, never a vector. Its collection methods
-(add_documents, search …) spoke to a cloud service that is gone.
+(add_documents, search, retrieve_documents, delete_collection) spoke to a cloud
+service that is gone: colab/bit_embeddings.ipynb shows a search over vectors.
 """
 
 import concurrent.futures
+import copy
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -33,6 +37,7 @@ class ImageEncoder:
     Attributes:
       model_url: as passed.
       model_name: the end of the handle, such as "m-r50x1".
+      urls: the published handles, which need no warning.
       model: the loaded SavedModel.
       vector_length: d.
 
@@ -40,12 +45,26 @@ class ImageEncoder:
       HandleError: there is no such model.
     """
 
+    # Published handles: their facts, as in vectorhub.
+    urls: ClassVar[dict[str, dict[str, int]]] = {
+        row.feature_handle: {
+            "vector_length": variants.architecture(row.architecture).feature_dim
+        }
+        for row in variants.list_models()
+        if row.feature_handle
+    }
     __name__ = "bit"
     _model_id = "image/bit"
     _description = "BiT image features."
 
     def __init__(self, model_url: str | os.PathLike, preset: str = "tfhub"):
-        self.model_url = os.fspath(model_url)
+        self.model_url = os.fsdecode(model_url)
+        if "://" in self.model_url and self.model_url not in self.urls:
+            warnings.warn(
+                f"{self.model_url} is not one of the published BiT modules in "
+                f"{type(self).__name__}.urls; its own vector_length is used.",
+                stacklevel=3,
+            )
         self.model_name = _model_name(self.model_url)
         self.preset = images.preset(preset)
         self.model = hub.load(model_url)
@@ -70,8 +89,7 @@ class ImageEncoder:
         }
 
     def _describe(self) -> str:
-        published = {row.feature_handle for row in variants.list_models()}
-        if self.model_url in published:
+        if self.model_url in self.urls:
             return self._description
         return f"Image features of {self.model_url}."
 
@@ -151,13 +169,18 @@ class ImageEncoder:
                 f"Received: {type(images).__name__}; use encode for one."
             )
 
+        return self._iterate(images, threads, chunks, on_error == "return")
+
+    def _iterate(
+        self, images: Iterable, threads: int, chunks: int, return_errors: bool
+    ) -> Iterator:
         def prepare(image):
             try:
                 return self._prepare(image)
             except errors.ImageError as error:
-                if on_error == "raise":
-                    raise
-                return error
+                if return_errors:
+                    return error
+                raise
 
         window: list = []
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -203,6 +226,7 @@ class ImageEncoder:
           documents: changed in place.
           missing_treatment: for documents without the field: None skips them,
             "zero_vector" writes zeros, any other value is written as it is.
+            Where the path to the field is no document, one is made.
 
         Returns:
           `documents`.
@@ -211,7 +235,8 @@ class ImageEncoder:
           ImageError: a field's picture cannot be read; no document of that
             field was changed.
         """
-        for field in fields:
+        documents = list(documents)
+        for field in [fields] if isinstance(fields, str) else fields:
             path = field.split(".")
             parents = [_parent(document, path) for document in documents]
             present = [p for p in parents if p is not None and path[-1] in p]
@@ -221,15 +246,19 @@ class ImageEncoder:
                     vector = next(vectors)
                 elif missing_treatment is None:
                     continue
-                elif missing_treatment == "zero_vector":
+                elif isinstance(missing_treatment, str) and (
+                    missing_treatment == "zero_vector"
+                ):
                     vector = self.zero_vector
                 else:
-                    vector = missing_treatment
+                    vector = copy.copy(missing_treatment)
                 target = document
                 for key in path[:-1]:
-                    target = target.setdefault(key, {})
+                    if not isinstance(target.get(key), dict):
+                        target[key] = {}
+                    target = target[key]
                 target[f"{path[-1]}_{self.__name__}_vector_"] = vector
-        return list(documents)
+        return documents
 
     def encode_chunk_documents(
         self,
@@ -246,16 +275,23 @@ class ImageEncoder:
           documents: changed in place.
           missing_treatment: as in `encode_documents`.
         """
-        chunks = [c for d in documents for c in d.get(chunk_field, [])]
+        documents = list(documents)
+        chunks = [c for d in documents for c in d.get(chunk_field) or []]
         self.encode_documents(fields, chunks, missing_treatment)
-        return list(documents)
+        return documents
 
     def to_grayscale(
         self, sample: np.ndarray, rgb_weights: Sequence[float] | None = None
     ) -> np.ndarray:
         """[h, w, 3] → float [h, w], by default with ITU-R 601 weights."""
-        weights = (0.2989, 0.5870, 0.1140)
-        return np.dot(sample[..., :3], rgb_weights or weights)
+        if sample.ndim != 3:
+            raise errors.ImageRangeError(
+                "to_grayscale takes one picture, [h, w, 3]. "
+                f"Received: shape {sample.shape}."
+            )
+        if rgb_weights is None:
+            rgb_weights = (0.2989, 0.5870, 0.1140)
+        return np.dot(sample[..., :3], rgb_weights)
 
     def show_image(self, sample: np.ndarray) -> None:
         """Draws a picture with matplotlib (extra "plot")."""
@@ -288,9 +324,11 @@ class ImageEncoder:
             raise ValueError(
                 f"resize_mode must be 'symmetry'. Received: {resize_mode!r}."
             )
-        if bool(rescale) == bool(width or height):
+        negative = min(width, height, rescale) < 0
+        if negative or bool(rescale) == bool(width or height):
             raise ValueError(
-                "Give either rescale, or width and height. Received: "
+                "Give either rescale, or width and height, as positive "
+                "numbers. Received: "
                 f"width={width}, height={height}, rescale={rescale}."
             )
         old_height, old_width = image_array.shape[:2]

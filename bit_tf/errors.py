@@ -19,8 +19,10 @@
 Every message states the rule, what was received, and the remedy.
 """
 
+import difflib
 import importlib
 import types
+from collections.abc import Iterable
 
 __all__ = [
     "ArchiveError",
@@ -38,7 +40,9 @@ __all__ = [
     "MissingExtraError",
     "UnknownNameError",
     "VerificationError",
+    "brief",
     "import_extra",
+    "near",
 ]
 
 
@@ -103,6 +107,21 @@ class VerificationError(ExportError):
 
 class MissingExtraError(BitTfError, ImportError):
     """An optional package is needed and is not installed."""
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: its repr, cut short."""
+    text = repr(value)
+    return text if len(text) <= 90 else f"{text[:80]}…"
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """ " Did you mean …?" for the known names that resemble one, or ""."""
+    by_case = {text.lower(): text for text in known}
+    found = difflib.get_close_matches(str(name).lower(), by_case, 3, 0.7)
+    if not found:
+        return ""
+    return f" Did you mean {' or '.join(repr(by_case[n]) for n in found)}?"
 
 
 def import_extra(module: str, extra: str) -> types.ModuleType:

@@ -21,7 +21,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
       OSError: it cannot be written; what was at `path` is still there.
     """
-    staging = _sibling(pathlib.Path(path))
+    staging = _sibling(pathlib.Path(os.path.abspath(path)))
     try:
         with open(staging, "x+b") as file:
             yield file
@@ -49,7 +49,7 @@ def new_directory(
       OSError: it cannot be written, or something appeared at `path`
         meanwhile; what was at `path` is still there.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = _sibling(path)
     staging.mkdir()
@@ -59,7 +59,11 @@ def new_directory(
         if overwrite and os.path.lexists(path):
             old = _sibling(path)
             os.rename(path, old)
-            os.rename(staging, path)
+            try:
+                os.rename(staging, path)
+            except OSError:
+                os.rename(old, path)
+                raise
             _remove(old)
         else:
             os.rename(staging, path)
@@ -68,12 +72,14 @@ def new_directory(
 
 
 def _sibling(path: pathlib.Path) -> pathlib.Path:
+    if not path.name:
+        raise IsADirectoryError(f"{path} cannot be replaced; name another.")
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def _remove(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink()
 

@@ -4,6 +4,8 @@ import hashlib
 import os
 import pathlib
 import tempfile
+import urllib.parse
+import urllib.request
 
 import tensorflow as tf
 
@@ -29,7 +31,9 @@ def resolve(handle: str | os.PathLike) -> str:
       HandleError: there is nothing at the handle, or it could not be fetched.
       ArchiveError: the archive is damaged or hostile.
     """
-    handle = os.fspath(handle)
+    handle = os.fsdecode(handle)
+    if handle.startswith("file://"):
+        handle = urllib.request.url2pathname(urllib.parse.urlsplit(handle).path)
     if os.path.isdir(handle):
         return handle
     if os.path.isfile(handle):
@@ -64,13 +68,23 @@ def _unpacked(path: str) -> str:
         tempfile.gettempdir(), "tfhub_modules"
     )
     directory = pathlib.Path(cache) / f"sha256-{digest}"
-    if not directory.is_dir():
-        try:
-            archive.unpack(path, directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
+    try:
+        # A temporary folder may have been swept, half of it or all.
+        if not _holds_model(directory):
+            archive.unpack(path, directory, overwrite=True)
+    except OSError as error:
+        raise errors.HandleError(
+            f"{path!r} could not be unpacked into {cache!r}: {error}. Set "
+            "TFHUB_CACHE_DIR to a directory with room that can be written."
+        ) from error
     return str(directory)
+
+
+def _holds_model(directory: pathlib.Path) -> bool:
+    return (directory / "saved_model.pb").is_file() and (
+        (directory / "variables" / "variables.index").is_file()
+        or not (directory / "variables").exists()
+    )
 
 
 def load(handle: str | os.PathLike):
@@ -96,18 +110,20 @@ def load(handle: str | os.PathLike):
         ) from error
 
 
-def freeze(function, variables):
+def freeze(function):
     """Turns variables into constants, so that work on weights is done once.
 
     Args:
-      function: a tf.types.experimental.ConcreteFunction.
-      variables: those that it reads.
+      function: a tf.types.experimental.ConcreteFunction of one tensor.
 
     Returns:
       A callable that takes and returns one tensor each; `function` itself
       where the constants would pass TensorFlow's limit of 2 GiB a graph.
     """
-    size = sum(v.dtype.size * v.shape.num_elements() for v in variables)
+    size = sum(
+        variable.dtype.size * variable.shape.num_elements()
+        for variable in function.variables
+    )
     if size > FREEZE_LIMIT:
         return function
     from tensorflow.python.framework import convert_to_constants
@@ -139,20 +155,28 @@ def picture_function(model, signature: str, output: str, handle: str):
     signatures = getattr(model, "signatures", {})
     if signature in signatures:
         served = signatures[signature]
-        (argument,) = served.structured_input_signature[1]
 
         def call(pixels):
+            (argument,) = served.structured_input_signature[1]
             return served(**{argument: pixels})[output]
     elif callable(model):
-        call = model
+        options = {"training": False} if _takes_training(model) else {}
+
+        def call(pixels):
+            return model(pixels, **options)
     else:
         raise errors.HandleError(
             "A model of pictures is callable, or has the signature "
             f"{signature!r}. Received from {handle!r}: neither."
         )
-    concrete = tf.function(lambda pixels: call(pixels)).get_concrete_function(
-        tf.TensorSpec([None, None, None, 3], tf.float32)
-    )
+    spec = tf.TensorSpec([None, None, None, 3], tf.float32)
+    try:
+        concrete = tf.function(call).get_concrete_function(spec)
+    except (KeyError, TypeError, ValueError, tf.errors.OpError) as error:
+        raise errors.HandleError(
+            "A model of pictures takes float32 [n, h, w, 3] alone. Received: "
+            f"{handle!r}, which does not: {error}"
+        ) from error
     result = concrete.structured_outputs
     shape = getattr(result, "shape", None)
     if shape is None or len(shape) != 2:
@@ -160,6 +184,14 @@ def picture_function(model, signature: str, output: str, handle: str):
             "A model of pictures returns one vector a picture, [n, d]. "
             f"Received from {handle!r}: {result}."
         )
-    function = freeze(concrete, model.variables)
+    function = freeze(concrete)
     width = shape[-1] or function(tf.zeros([1, 64, 64, 3])).shape[-1]
     return function, int(width)
+
+
+def _takes_training(model) -> bool:
+    """Whether a restored `__call__` has an argument `training`."""
+    from tensorflow.python.util import tf_inspect
+
+    spec = tf_inspect.getfullargspec(model.__call__)
+    return "training" in [*spec.args, *spec.kwonlyargs]

@@ -28,6 +28,7 @@ from bit_tf.errors import (
     ImageRangeError,
     ImageTooLargeError,
     UnknownNameError,
+    brief,
 )
 from bit_tf.presets import PRESETS, Preset, preset
 
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 _MAX_PIXELS = 178_956_970
-_MAX_BYTES = 64 * 2**20
 _TOLERANCE = 1e-6
 _SOURCES = (str, os.PathLike, bytes, bytearray, memoryview)
 
@@ -54,7 +54,7 @@ _FORMATS = [
     *("JPEG2000", "AVIF"),
 ]
 
-_PILLOW_ERRORS = (
+_FOREIGN_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -103,8 +103,8 @@ def decode(
     image: Any,
     *,
     max_pixels: int = _MAX_PIXELS,
-    max_bytes: int = _MAX_BYTES,
-    timeout: float = 20.0,
+    max_bytes: int = download.MAX_BYTES,
+    timeout: float = download.TIMEOUT,
     public_only: bool = False,
 ) -> np.ndarray:
     """Decodes one picture.
@@ -147,7 +147,7 @@ def decode(
     if hasattr(image, "__array__") or isinstance(image, (list, tuple)):
         return _from_array(image)
     raise ImageRangeError(
-        f"An image is {_ACCEPTED}. Received: {_short(image)} of type "
+        f"An image is {_ACCEPTED}. Received: {brief(image)} of type "
         f"{type(image).__name__}. Pass one of these."
     )
 
@@ -252,7 +252,7 @@ def resize(
     if method not in ("bilinear", "bicubic"):
         raise UnknownNameError(
             "The method is 'bilinear' or 'bicubic'. Received: "
-            f"{_short(method)}. Pass one of these."
+            f"{brief(method)}. Pass one of these."
         )
     image = np.asarray(image)
     if image.ndim != 3:
@@ -264,7 +264,7 @@ def resize(
         if not isinstance(edge, (int, np.integer)) or edge < 1:
             raise ImageRangeError(
                 "height and width are integers of 1 or more. Received: "
-                f"{_short(height)}, {_short(width)}. Pass such a size."
+                f"{brief(height)}, {brief(width)}. Pass such a size."
             )
     _check_pixels(width, height, _MAX_PIXELS)
     _check_shape(image)
@@ -311,9 +311,8 @@ def preprocess(image: Any, preset: str | Preset) -> np.ndarray:
       UnknownNameError: no such preset.
     """
     row = preset if isinstance(preset, Preset) else presets.preset(preset)
-    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
-        pixels = as_float(image)
-    else:
+    pixels = _unrounded(image)
+    if pixels is None:
         pixels = decode(image)
     if row.resize != "none":
         if row.size is None:
@@ -329,6 +328,16 @@ def preprocess(image: Any, preset: str | Preset) -> np.ndarray:
     if row.crop is not None:
         pixels = _centre(pixels, row.crop, row.offset)
     return as_float(pixels)
+
+
+def _unrounded(image: Any) -> np.ndarray | None:
+    """Floats [h, w, 3] of any array library as they are; None for others."""
+    if not hasattr(image, "__array__") or isinstance(image, Image.Image):
+        return None
+    values = _values(image)
+    if values.dtype.kind == "f" and values.ndim == 3 and values.shape[2] == 3:
+        return as_float(values)
+    return None
 
 
 def _shortest_edge(image: np.ndarray, size: int) -> tuple[int, int]:
@@ -416,7 +425,7 @@ def _decoding(max_pixels: int) -> Iterator[None]:
             f"A picture may have at most {min(max_pixels, _MAX_PIXELS)} "
             f"pixels. Received: {error} Make the picture smaller."
         ) from error
-    except _PILLOW_ERRORS as error:
+    except _FOREIGN_ERRORS as error:
         raise ImageDecodeError(
             "A picture must be whole and undamaged. Received: one that fails "
             f"with {type(error).__name__}: {error}. Get the file again, or "
@@ -468,7 +477,7 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
     image.load()
     try:
         turn = _ORIENTATIONS.get(image.getexif().get(0x0112, 1))
-    except _PILLOW_ERRORS:
+    except _FOREIGN_ERRORS:
         turn = None  # Damaged EXIF says nothing of how the picture stands.
     if turn is not None:
         image = image.transpose(turn)
@@ -497,15 +506,19 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     return grey if hidden is None else np.where(values == hidden, 255, grey)
 
 
-def _from_array(image: Any) -> np.ndarray:
+def _values(image: Any) -> np.ndarray:
     try:
-        values = np.asarray(image)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return np.asarray(image)
+    except _FOREIGN_ERRORS as error:
         raise ImageRangeError(
-            f"An image is {_ACCEPTED}. Received: {_short(image)} of type "
+            f"An image is {_ACCEPTED}. Received: {brief(image)} of type "
             f"{type(image).__name__}, which gives no array ({error}). Pass "
             "one of these."
         ) from error
+
+
+def _from_array(image: Any) -> np.ndarray:
+    values = _values(image)
     if values.dtype.kind not in "buif" or np.ma.is_masked(image):
         raise ImageRangeError(
             "An array holds bool, integers or floats, none of them masked. "
@@ -583,8 +596,3 @@ def _check_shape(image: np.ndarray) -> None:
             "Pictures are [h, w, 3] or [n, h, w, 3], and not empty. Received: "
             f"shape {image.shape}. Call decode() for other pictures."
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 90 else f"{text[:80]}…"

@@ -11,8 +11,11 @@ from bit_tf import errors
 __all__ = [
     "LABEL_SETS",
     "Label",
+    "activation",
+    "check",
     "decode_predictions",
     "label_set",
+    "of_count",
     "parse",
     "read_saved_model",
     "write_saved_model",
@@ -51,13 +54,57 @@ def label_set(name: str) -> tuple[Label, ...]:
     return parse(data.read_text(encoding="utf-8"))
 
 
+def of_count(num_classes: int) -> str | None:
+    """The published label set of that many classes, or None."""
+    names = {count: name for name, count in LABEL_SETS.items()}
+    return names.get(num_classes)
+
+
+def activation(num_classes: int) -> str:
+    """What turns a head's logits into probabilities, told by its size.
+
+    "sigmoid" for ImageNet-21k, which was trained with many labels a picture;
+    else "softmax".
+    """
+    return "sigmoid" if of_count(num_classes) == "imagenet21k" else "softmax"
+
+
 def parse(text: str) -> tuple[Label, ...]:
     """Classes from lines of "name" or "id<TAB>name"."""
     labels = []
-    for line in text.splitlines():
+    for line in text.removeprefix("\ufeff").removesuffix("\n").split("\n"):
+        line = line.removesuffix("\r")
         id_, tab, name = line.partition("\t")
         labels.append(Label(id_, name) if tab else Label("", line))
     return tuple(labels)
+
+
+def check(labels, num_classes: int) -> tuple[Label, ...]:
+    """Names of a head's classes, each a Label or a str.
+
+    Raises:
+      ValueError: not one name a class, or names that are not one line of text.
+    """
+    found = tuple(
+        Label("", label) if isinstance(label, str) else label
+        for label in labels
+    )
+    for label in found:
+        if (
+            not isinstance(label, Label)
+            or not label.name.strip()
+            or any(c in "\t\n\r" for c in label.id + label.name)
+        ):
+            raise ValueError(
+                "A label is one line of text, or a labels.Label. "
+                f"Received: {label!r}."
+            )
+    if len(found) != num_classes:
+        raise ValueError(
+            f"Labels must name each of the {num_classes} classes. "
+            f"Received: {len(found)} labels."
+        )
+    return found
 
 
 def decode_predictions(scores, top: int = 5, labels=None):
@@ -73,31 +120,29 @@ def decode_predictions(scores, top: int = 5, labels=None):
       For every image a list of (WordNet id, name, score), best first.
 
     Raises:
-      UnknownNameError: the number of classes fits no label set or `labels`.
+      UnknownNameError: no label set has that number of classes.
+      ValueError: scores of another shape, labels that do not fit, or top < 1.
     """
     import numpy as np
 
     scores = np.asarray(scores)
     if scores.ndim != 2:
-        raise errors.UnknownNameError(
+        raise ValueError(
             "scores must have the shape [images, classes]. "
             f"Received: {scores.shape}."
         )
+    if top < 1:
+        raise ValueError(f"top must be at least 1. Received: {top}.")
     classes = scores.shape[1]
     if labels is None:
-        by_count = {count: name for name, count in LABEL_SETS.items()}
-        if classes not in by_count:
+        name = of_count(classes)
+        if name is None:
             raise errors.UnknownNameError(
                 f"No label set has {classes} classes (known: {LABEL_SETS}). "
                 "Pass labels=[...], one name a class."
             )
-        labels = label_set(by_count[classes])
-    if len(labels) != classes:
-        raise errors.UnknownNameError(
-            f"labels must name each of the {classes} classes. "
-            f"Received: {len(labels)} labels."
-        )
-    labels = [Label("", x) if isinstance(x, str) else x for x in labels]
+        labels = label_set(name)
+    labels = check(labels, classes)
     return [
         [
             (labels[index].id, labels[index].name, float(row[index]))
@@ -117,17 +162,39 @@ def write_saved_model(labels, directory: str | os.PathLike) -> None:
     ):
         if any(lines):
             (assets / file).write_text(
-                "".join(f"{line}\n" for line in lines), encoding="utf-8"
+                "".join(f"{line}\n" for line in lines),
+                encoding="utf-8",
+                newline="\n",
             )
 
 
 def read_saved_model(directory: str | os.PathLike) -> tuple[Label, ...] | None:
-    """The classes stored in a SavedModel's assets/, or None."""
+    """The classes stored in a SavedModel's assets/, or None.
+
+    Raises:
+      HandleError: the files there are damaged.
+    """
     assets = pathlib.Path(directory) / "assets"
     if not (assets / _NAMES_FILE).is_file():
         return None
-    names = (assets / _NAMES_FILE).read_text(encoding="utf-8").splitlines()
-    ids = [""] * len(names)
-    if (assets / _IDS_FILE).is_file():
-        ids = (assets / _IDS_FILE).read_text(encoding="utf-8").splitlines()
-    return tuple(Label(i, n) for i, n in zip(ids, names, strict=True))
+    ids: list[str] = []
+    try:
+        names = _lines(assets / _NAMES_FILE)
+        if (assets / _IDS_FILE).is_file():
+            ids = _lines(assets / _IDS_FILE)
+    except UnicodeDecodeError as error:
+        raise errors.HandleError(
+            f"Labels in {assets} must be UTF-8 text: {error}. The SavedModel "
+            "is damaged; get it again."
+        ) from error
+    if ids and len(ids) != len(names):
+        raise errors.HandleError(
+            f"{_IDS_FILE} must have a line for every line of {_NAMES_FILE}. "
+            f"Received: {len(ids)} and {len(names)} in {assets}."
+        )
+    pairs = zip(ids or [""] * len(names), names, strict=True)
+    return tuple(Label(id_, name) for id_, name in pairs)
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")

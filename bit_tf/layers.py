@@ -14,11 +14,11 @@ __all__ = ["GroupNormalization", "StandardizedConv2D", "channel_moments"]
 def channel_moments(x):
     """Mean and biased variance of every channel, from sums in one pass.
 
-    The squares are taken around the value in the corner, which any value of
-    the data may replace without changing the result: it only keeps the
-    difference of two large sums from cancelling when a mean is far larger than
-    its spread. Rows are summed before columns, so that rounding errors grow
-    with the height plus the width, not with their product.
+    The squares are taken around the mean of the middle row. Any number would
+    give the same result: a typical one keeps the difference of two large sums
+    from cancelling where a mean is far larger than its spread. Rows are summed
+    before columns, so that rounding errors grow with the height plus the
+    width, not with their product.
 
     Args:
       x: float [n, h, w, c].
@@ -27,7 +27,10 @@ def channel_moments(x):
       (mean, variance), each float32 [n, 1, 1, c].
     """
     x = ops.cast(x, "float32")
-    shift = ops.stop_gradient(x[:, :1, :1, :])
+    row = ops.shape(x)[1] // 2
+    shift = ops.stop_gradient(
+        ops.mean(x[:, row : row + 1], axis=2, keepdims=True)
+    )
     mean = _mean_over_pixels(x)
     mean_square = _mean_over_pixels(ops.square(x - shift))
     return mean, ops.maximum(mean_square - ops.square(mean - shift), 0.0)

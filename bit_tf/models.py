@@ -5,10 +5,12 @@ others use is an endpoint with a name. Source: arXiv:1603.05027 (the unit),
 arXiv:1912.11370 (BiT), google-research/big_transfer.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 
 import keras
 import numpy as np
+from absl import logging
 from keras import ops
 
 from bit_tf import checkpoints, errors, images, variants
@@ -283,7 +285,8 @@ class ResNetV2(ImageModel):
       num_classes: outputs of the head; 0 for no head.
       output_stride: 32; 16 or 8 keep the last blocks' resolution by dilation.
       numerics: a name in variants.NUMERICS: constants of the weights' source.
-      frozen: names of layers that are not trainable.
+      frozen: names of layers, and of units such as "block1/unit01", that are
+        not trainable.
     """
 
     def __init__(
@@ -298,6 +301,19 @@ class ResNetV2(ImageModel):
         **kwargs,
     ):
         dtype = kwargs.pop("dtype", None)
+        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        if policy.variable_dtype != "float32":
+            raise ValueError(
+                "Weights are float32; dtype must be 'float32', "
+                "'mixed_bfloat16' or 'mixed_float16'. Received: "
+                f"{policy.name!r}."
+            )
+        if len(blocks) != 4:
+            raise ValueError(
+                "A BiT-ResNet has four blocks. Received: blocks="
+                f"{tuple(blocks)}."
+            )
+        num_classes = int(num_classes)
         constants = variants.numerics(numerics)
         epsilons = {
             "ws_epsilon": constants.ws_epsilon,
@@ -342,12 +358,22 @@ class ResNetV2(ImageModel):
         self.output_stride = output_stride
         self.numerics = numerics
         for name in frozen:
-            self.get_layer(name).trainable = False
+            self._freezable()[name].trainable = False
 
     @property
     def feature_dim(self) -> int:
         """Length of the feature vector."""
         return 32 * self.stem_width
+
+    def _freezable(self) -> dict[str, keras.layers.Layer]:
+        """Layers by name, and units by block and name."""
+        found = {}
+        for layer in self.layers:
+            found[layer.name] = layer
+            if isinstance(layer, Block):
+                for unit in layer.units:
+                    found[f"{layer.name}/{unit.name}"] = unit
+        return found
 
     def get_config(self):
         return {
@@ -359,7 +385,9 @@ class ResNetV2(ImageModel):
             "output_stride": self.output_stride,
             "numerics": self.numerics,
             "frozen": [
-                layer.name for layer in self.layers if not layer.trainable
+                name
+                for name, layer in self._freezable().items()
+                if not layer.trainable
             ],
             "dtype": keras.saving.serialize_keras_object(
                 self.get_layer("root_block").dtype_policy
@@ -388,10 +416,10 @@ def create_model(
       UnknownNameError: no such architecture.
     """
     row = variants.architecture(name)
-    if num_classes < 0:
+    if not isinstance(num_classes, (int, np.integer)) or num_classes < 0:
         raise ValueError(
             "num_classes must be 0 (features) or the number of classes. "
-            f"Received: {num_classes}."
+            f"Received: {num_classes!r}."
         )
     return ResNetV2(
         row.blocks,
@@ -471,7 +499,7 @@ class canonical_arrays(Mapping[str, np.ndarray]):  # noqa: N801
 
 
 def assign(model: ResNetV2, arrays: checkpoints.Checkpoint) -> None:
-    """Sets every weight of the model, or none.
+    """Sets every weight of the model, or none if names or shapes differ.
 
     Args:
       model: its head may be absent where the checkpoint has one.
@@ -516,12 +544,7 @@ def load_model(
       FileNotFoundError: there is no such file.
       CheckpointError: the file cannot be used; the message says why.
     """
-    if str(path) in {row.name for row in variants.list_models()}:
-        url = variants.variant(str(path)).url
-        raise errors.CheckpointError(
-            f"load_model takes a file. Received: {path!r}, the name of "
-            f"published weights. Download {url} and pass its path."
-        )
+    _refuse_published_name(path)
     checkpoint = checkpoints.read(path)
     known = variants.find_architecture(checkpoint.blocks, checkpoint.stem_width)
     model = ResNetV2(
@@ -534,4 +557,24 @@ def load_model(
         name=known.name if known else "resnetv2",
     )
     assign(model, checkpoint)
+    if checkpoint.extra:
+        logging.warning(
+            "%s holds arrays that are no part of BiT, and were not used: %s",
+            path,
+            ", ".join(checkpoint.extra),
+        )
     return model
+
+
+def _refuse_published_name(path) -> None:
+    names = {row.name for row in variants.list_models()}
+    if str(path) not in names or os.path.exists(path):
+        return
+    row = variants.variant(str(path))
+    source = f"Download {row.url} and pass its path."
+    if row.url is None:
+        source = f"It is a TF-Hub module only: {row.handle}"
+    raise errors.CheckpointError(
+        f"load_model takes a file. Received: {str(path)!r}, the name of "
+        f"published weights. {source}"
+    )

@@ -1,10 +1,9 @@
 """How each publisher of weights prepared pictures: one named preset each."""
 
 import dataclasses
-import difflib
 from typing import Literal
 
-from bit_tf.errors import UnknownNameError
+from bit_tf import errors
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
@@ -92,11 +91,9 @@ def preset(name: str) -> Preset:
     Raises:
       UnknownNameError: there is none; the message lists all.
     """
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else "Use one of these."
-    raise UnknownNameError(
+    raise errors.UnknownNameError(
         f"A preset is one of {', '.join(map(repr, PRESETS))}. Received: "
-        f"{name!r}. {hint}"
+        f"{name!r}.{errors.near(name, PRESETS)}"
     )

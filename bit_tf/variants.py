@@ -6,11 +6,10 @@ the layout by tests/test_variants.py. Sources: google-research/big_transfer
 """
 
 import dataclasses
-import difflib
 import fnmatch
 import functools
 
-from bit_tf import errors
+from bit_tf import errors, labels
 
 __all__ = [
     "ARCHITECTURES",
@@ -187,8 +186,8 @@ _PUBLISHED = tuple(name for name in ARCHITECTURES if name != "testing")
 
 def _row(name: str, architecture: str, num_classes: int, **facts) -> Variant:
     defaults: dict = {
-        "labels": {1000: "ilsvrc2012", 21843: "imagenet21k"}.get(num_classes),
-        "activation": "sigmoid" if num_classes == 21843 else "softmax",
+        "labels": labels.of_count(num_classes),
+        "activation": labels.activation(num_classes),
         "resolution": 224,
         "preset": "big_transfer eval",
         "numerics": "google",
@@ -278,7 +277,7 @@ def list_models(pattern: str = "*") -> list[Variant]:
     Args:
       pattern: such as "BiT-M-*" or "vtab/*-dtd"; case does not matter.
     """
-    pattern = pattern.lower()
+    pattern = str(pattern).lower()
     return [
         row
         for row in _table().values()
@@ -293,11 +292,11 @@ def variant(name: str) -> Variant:
       UnknownNameError: there are none; the message names near misses.
     """
     table = _table()
-    key = name.removesuffix(".npz")
+    key = str(name).removesuffix(".npz")
     if key not in table:
         raise errors.UnknownNameError(
             f"No published BiT weights are named {name!r}."
-            f"{_suggest(key, table)} See bit_tf.list_models()."
+            f"{errors.near(key, table)} See bit_tf.list_models()."
         )
     return table[key]
 
@@ -308,10 +307,10 @@ def architecture(name: str) -> Architecture:
     Raises:
       UnknownNameError: there is none; the message lists all.
     """
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise errors.UnknownNameError(
             f"Architectures are {', '.join(ARCHITECTURES)}. Received: {name!r}."
-            f"{_suggest(name, ARCHITECTURES)}"
+            f"{errors.near(name, ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 
@@ -322,10 +321,10 @@ def numerics(name: str) -> Numerics:
     Raises:
       UnknownNameError: there is none; the message lists all.
     """
-    if name not in NUMERICS:
+    if not isinstance(name, str) or name not in NUMERICS:
         raise errors.UnknownNameError(
             f"Numerics are {', '.join(NUMERICS)}. Received: {name!r}."
-            f"{_suggest(name, NUMERICS)}"
+            f"{errors.near(name, NUMERICS)}"
         )
     return NUMERICS[name]
 
@@ -338,11 +337,3 @@ def find_architecture(
         if row.blocks == tuple(blocks) and row.stem_width == stem_width:
             return row
     return None
-
-
-def _suggest(name: str, names) -> str:
-    by_case = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(name.lower(), by_case, n=3, cutoff=0.7)
-    if not near:
-        return ""
-    return f" Did you mean {' or '.join(repr(by_case[n]) for n in near)}?"

@@ -55,6 +55,9 @@ def run(
     Raises:
       BitTfError: a step failed.
     """
+    if random is not None:
+        variants.architecture(random)
+    pictures, captions = _read_photos(photos, preset)
     directory.mkdir(parents=True, exist_ok=True)
     model_directory = directory / "saved_model"
     own = checkpoint is None and random is None
@@ -87,12 +90,7 @@ def run(
     )
 
     truth = None
-    if photos:
-        pictures = [images.preprocess(photo, preset) for photo in photos]
-        captions = [pathlib.PurePath(photo).name for photo in photos]
-        if len(pictures) <= NEIGHBOURS:
-            pictures, captions = _with_parts(pictures, captions)
-    else:
+    if not photos:
         held_out, truth = digits.held_out()
         pictures = list(held_out)
         captions = [digits.NAMES[label] for label in truth]
@@ -167,6 +165,20 @@ def write_random_checkpoint(
         row.blocks, row.stem_width, num_classes, seed
     )
     checkpoints.write(weights, path)
+
+
+def _read_photos(photos: Sequence[str], preset: str):
+    """(pictures of one size, their captions)"""
+    pictures = [images.preprocess(photo, preset) for photo in photos]
+    captions = [pathlib.PurePath(photo).name for photo in photos]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise errors.ImageRangeError(
+            "The demo compares photos of one size. Received: photos of several "
+            f"sizes, which the preset {preset!r} keeps. Choose another preset."
+        )
+    if len(pictures) <= NEIGHBOURS:
+        pictures, captions = _with_parts(pictures, captions)
+    return pictures, captions
 
 
 def _with_parts(pictures, captions):

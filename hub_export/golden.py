@@ -37,14 +37,24 @@ def make(model) -> dict[str, np.ndarray]:
       model: a bit_tf model, that takes uint8 [n, h, w, 3].
 
     Returns:
-      {"images": uint8 [2, 64, 64, 3], "output": float32 [2, d]}
+      {"images": uint8 [2, 64, 64, 3], "features": float32 [2, d], "output":
+      float32 [2, d or classes]}
     """
+    from keras import ops
+
+    from bit_tf import models
+
     y, x, c = np.meshgrid(
         np.arange(64), np.arange(64), np.arange(3), indexing="ij"
     )
     pictures = np.stack([x * 3 + y * (c + 1), (x * y) // (8 + c) + 37 * c])
     pictures = pictures.astype(np.uint8)
-    return {"images": pictures, "output": np.asarray(model(pictures))}
+    features = models.endpoints(model, ["pre_logits"])(pictures)["pre_logits"]
+    return {
+        "images": pictures,
+        "features": np.asarray(ops.cast(features, "float32")),
+        "output": np.asarray(ops.cast(model(pictures), "float32")),
+    }
 
 
 def save(values: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
@@ -76,24 +86,28 @@ def check(directory: str | os.PathLike) -> dict:
         )
     with np.load(path, allow_pickle=False) as file:
         pictures, expected = file["images"], file["output"]
+        features = file["features"]
     model = tf.saved_model.load(os.fspath(directory))
+    floats = tf.constant(images.as_float(pictures))
+    served = model.signatures["image_feature_vector"]
     found = {}
-    for name, batch in (
-        ("uint8", pictures),
-        ("float32", images.as_float(pictures)),
+    for name, output, wanted in (
+        ("uint8 pictures", model(tf.constant(pictures)), expected),
+        ("float32 pictures", model(floats), expected),
+        ("image_feature_vector", served(images=floats)["features"], features),
     ):
-        output = np.asarray(model(tf.constant(batch)))
-        if output.shape != expected.shape:
+        output = np.asarray(output)
+        if output.shape != wanted.shape:
             raise errors.VerificationError(
-                f"For {name} pictures the output's shape must be "
-                f"{expected.shape}. Received: {output.shape}."
+                f"For {name} the output's shape must be {wanted.shape}. "
+                f"Received: {output.shape}."
             )
-        found[name] = _relative_error(output, expected)
+        found[name] = _relative_error(output, wanted)
         if not found[name] <= TOLERANCE:
             raise errors.VerificationError(
-                f"For {name} pictures the output must equal the golden values "
-                f"to a relative error of {TOLERANCE}. Received: {found[name]}. "
-                "The SavedModel is damaged, or was changed after its export."
+                f"For {name} the output must equal the golden values to a "
+                f"relative error of {TOLERANCE}. Received: {found[name]}. The "
+                "SavedModel is damaged, or was changed after its export."
             )
     return {
         "relative_error": max(found.values()),
@@ -116,7 +130,7 @@ def check_in_fresh_process(directory: str | os.PathLike) -> dict:
       VerificationError: the process failed; the message holds its own.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "hub_export.golden", os.fspath(directory)],
+        [sys.executable, "-P", "-m", "hub_export.golden", os.fspath(directory)],
         capture_output=True,
         text=True,
         check=False,

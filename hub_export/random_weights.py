@@ -41,7 +41,7 @@ class RandomWeights(Mapping[str, np.ndarray]):
             mean, spread = 1.0, 0.1
         elif name.endswith(("beta", "bias")):
             mean, spread = 0.0, 0.1
-        elif name == "head/conv2d/kernel":
+        elif name == layout.HEAD_KERNEL:
             mean, spread = 0.0, shape[0] ** -0.5
         else:
             mean, spread = 0.0, 0.02

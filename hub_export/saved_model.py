@@ -5,6 +5,7 @@ The interface is TF Hub's "reusable SavedModel": `__call__`, `variables`,
 """
 
 import contextlib
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -50,20 +51,21 @@ def export(
     head; `endpoints(images)` returns a dict of every endpoint. Signatures:
     serving_default → output_1, image_feature_vector → features, and with a
     head image_classification → logits, probabilities. Variables have the
-    canonical names. Nothing appears at `path` before the result was loaded in
-    a fresh process and gave the model's own values.
+    canonical names, and all are trainable, also those of layers frozen in
+    `model`: freezing is the consumer's. Outputs are float32. Nothing appears at
+    `path` before the result was loaded in a fresh process and gave the model's
+    own values.
 
     Args:
       model: from create_model or load_model, on the TensorFlow backend.
       path: the directory to make.
       class_labels: one name a class; or "ilsvrc2012", "imagenet21k"; or "auto",
         the set whose number of classes fits, if any; or None.
-      probabilities: "softmax" or "sigmoid"; by default sigmoid for 21843
-        classes, softmax for any other number.
+      probabilities: "softmax" or "sigmoid"; by default labels.activation.
       l2: factor of the sum of squares of every kernel, offered to those who
         fine-tune as `regularization_losses`; 0 offers none.
       provenance: what is known of the weights' source.
-      overwrite: replace an existing directory.
+      overwrite: replace an existing SavedModel or empty directory.
       verify: load back in a fresh process.
 
     Returns:
@@ -87,8 +89,16 @@ def export(
         )
     classes = _labels(class_labels, model.num_classes)
     if probabilities is None:
-        many = labels.LABEL_SETS["imagenet21k"]
-        probabilities = "sigmoid" if model.num_classes == many else "softmax"
+        probabilities = labels.activation(model.num_classes)
+    if probabilities not in ("softmax", "sigmoid"):
+        raise errors.ExportError(
+            "probabilities must be 'softmax' or 'sigmoid'. "
+            f"Received: {probabilities!r}."
+        )
+    if not 0 <= l2 < math.inf:
+        raise errors.ExportError(
+            f"l2 must be a finite number of 0 or more. Received: {l2!r}."
+        )
     with _staged(path, overwrite) as directory:
         with _unit_by_unit(model):
             root, signatures = _serving_objects(model, probabilities, l2)
@@ -122,6 +132,14 @@ def convert(
       numerics: constants of a source instead of the checkpoint's own.
       **options: of `export`.
     """
+    overwrite = options.get("overwrite", False)
+    _check_target(path, overwrite)
+    inside = pathlib.Path(path).resolve()
+    if overwrite and inside in pathlib.Path(source).resolve().parents:
+        raise errors.ExportError(
+            "What is overwritten must not hold the checkpoint. Received: "
+            f"{os.fspath(source)!r} inside {os.fspath(path)!r}."
+        )
     checkpoint = checkpoints.read(source)
     model = models.load_model(source, head=head, numerics=numerics)
     provenance = card.Provenance(
@@ -131,29 +149,21 @@ def convert(
         extra_arrays=tuple(checkpoint.extra),
         versions=card.versions(),
     )
-    return export(model, path, provenance=provenance, **options)
+    report = export(model, path, provenance=provenance, **options)
+    return report | {"extra_arrays": list(checkpoint.extra)}
 
 
 def _labels(class_labels, num_classes: int):
+    if isinstance(class_labels, str) and class_labels == "auto":
+        class_labels = labels.of_count(num_classes)
     if class_labels is None or not num_classes:
         return None
-    if class_labels == "auto":
-        by_count = {count: name for name, count in labels.LABEL_SETS.items()}
-        if num_classes not in by_count:
-            return None
-        class_labels = by_count[num_classes]
     if isinstance(class_labels, str):
         class_labels = labels.label_set(class_labels)
-    classes = [
-        labels.Label("", label) if isinstance(label, str) else label
-        for label in class_labels
-    ]
-    if len(classes) != num_classes:
-        raise errors.ExportError(
-            f"Labels must name each of the {num_classes} classes. "
-            f"Received: {len(classes)} labels."
-        )
-    return classes
+    try:
+        return labels.check(class_labels, num_classes)
+    except (TypeError, ValueError) as error:
+        raise errors.ExportError(str(error)) from error
 
 
 def _card(model, class_labels, classes, probabilities) -> card.Card:
@@ -184,23 +194,39 @@ def _card(model, class_labels, classes, probabilities) -> card.Card:
     )
 
 
-@contextlib.contextmanager
-def _staged(path: str | os.PathLike, overwrite: bool) -> Iterator[str]:
-    """A temporary sibling that becomes `path` when the block succeeds."""
+def _check_target(path: str | os.PathLike, overwrite: bool) -> None:
+    """Refuses to replace anything but what an export has made."""
     target = pathlib.Path(path)
-    if (target.exists() or target.is_symlink()) and not overwrite:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
         raise errors.ExportError(
             f"A directory is never written over unless asked. {str(target)!r} "
             "exists; choose another, or pass overwrite=True (--overwrite)."
         )
+    ours = target.is_dir() and (
+        (target / "saved_model.pb").is_file() or not any(target.iterdir())
+    )
+    if not ours:
+        raise errors.ExportError(
+            "Only a SavedModel or an empty directory is written over. "
+            f"{str(target)!r} is neither; choose another path, or remove it."
+        )
+
+
+@contextlib.contextmanager
+def _staged(path: str | os.PathLike, overwrite: bool) -> Iterator[str]:
+    """A temporary sibling that becomes `path` when the block succeeds."""
+    _check_target(path, overwrite)
+    target = pathlib.Path(path)
     try:
         with files.new_directory(target, overwrite) as directory:
             yield directory
     except (OSError, tf.errors.OpError) as error:
         raise errors.ExportError(
             f"The SavedModel could not be written to {str(target)!r}: {error}. "
-            "Nothing was left behind; check the free space, and that no other "
-            "process writes there."
+            "No part of it was left behind; check the free space, and that no "
+            "other process writes there."
         ) from error
 
 
@@ -245,7 +271,10 @@ def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):
         input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)]
     )
     def forward(images):
-        return network(images)
+        return {
+            name: tf.cast(value, tf.float32)
+            for name, value in network(images).items()
+        }
 
     @tf.function
     def call(images, training=False):

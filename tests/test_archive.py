@@ -73,6 +73,38 @@ def test_hostile_members_are_refused(tmp_path, name):
     assert not (tmp_path / "evil").exists()
 
 
+def test_names_that_cannot_be(tmp_path):
+    for members in (
+        [(entry("a"), b"x"), (entry("a/b"), b"y")],
+        [(entry("a"), b"x"), (entry("a", tarfile.DIRTYPE), b"")],
+        [(entry("n" * 300), b"x")],
+        [],
+    ):
+        path = write(tmp_path / "model.tar.gz", members)
+        with pytest.raises(errors.ArchiveError):
+            archive.unpack(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_large_extended_header_is_refused(tmp_path):
+    member = entry("file")
+    member.pax_headers = {"comment": "x" * (2 * 2**20)}
+    path = tmp_path / "model.tar.gz"
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as file:
+        file.addfile(member)
+    with pytest.raises(errors.ArchiveError, match="extended header"):
+        archive.unpack(path, tmp_path / "out")
+
+
+def test_a_wrong_checksum_is_found(tmp_path):
+    path = write(tmp_path / "model.tar.gz", [(entry("file"), os.urandom(999))])
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(errors.ArchiveError, match="CRC"):
+        archive.unpack(path, tmp_path / "out")
+
+
 def test_limits(tmp_path):
     path = write(
         tmp_path / "bomb.tar.gz", [(entry("zeros"), bytes(10 * 2**20))]

@@ -117,6 +117,58 @@ def test_errors_are_raised_or_returned_but_never_vectors(encoder, photos):
         encoder.bulk_encode([], chunks=0)
 
 
+def test_a_batch_is_not_one_picture(encoder):
+    for dtype in (np.uint8, np.float32):
+        with pytest.raises(errors.ImageRangeError, match="one by one"):
+            encoder.encode(np.zeros((2, 40, 40, 3), dtype))
+
+
+def test_floats_of_any_kind(encoder, photos):
+    import tensorflow as tf
+
+    pixels = images.as_float(images.decode(photos[0])) * np.float32(0.999)
+    expected = encoder.encode(pixels)
+    assert encoder.encode(tf.constant(pixels)) == expected
+    grey = pixels[..., 0]
+    vectors = [encoder.encode(a) for a in (grey, grey[..., None])]
+    assert vectors[0] == vectors[1]
+    rgba = np.dstack([pixels, np.ones_like(grey)])
+    assert helpers.relative_error(encoder.encode(rgba), expected) < 0.05
+
+
+def test_whatever_an_object_raises_is_returned(encoder, photos):
+    class Broken:
+        def read(self, size):
+            raise RuntimeError("lost")
+
+    class Odd:
+        def __array__(self, dtype=None, copy=None):
+            raise KeyError("lost")
+
+    found = encoder.bulk_encode([Broken(), photos[0], Odd()], on_error="return")
+    assert isinstance(found[0], errors.ImageError)
+    assert isinstance(found[2], errors.ImageError)
+    assert found[1] == encoder.encode(photos[0])
+
+
+def test_published_handles_and_others(features_export, monkeypatch):
+    urls = bit_tf.BitMedium2Vec.urls
+    hub = "https://tfhub.dev/google/bit/"
+    for name, length in (
+        ("m-r50x1", 2048),
+        ("s-r50x3", 6144),
+        ("m-r101x1", 2048),
+        ("s-r101x3", 6144),
+        ("m-r152x4", 8192),
+    ):
+        assert urls[f"{hub}{name}/1"] == {"vector_length": length}
+    load = embed.hub.load
+    monkeypatch.setattr(embed.hub, "load", lambda _: load(features_export))
+    assert bit_tf.BitMedium2Vec().model_name == "m-r50x1"
+    with pytest.warns(UserWarning, match="not one of the published"):
+        bit_tf.BitMedium2Vec("https://example.org/model/1")
+
+
 def test_a_model_with_a_head_still_gives_features(
     small_export, encoder, photos
 ):
@@ -152,6 +204,12 @@ def test_documents(encoder, photos):
     assert documents[1]["a_bit_medium_vector_"] == encoder.zero_vector
     encoder.encode_documents(["c"], documents, missing_treatment=-1)
     assert documents[0]["c_bit_medium_vector_"] == -1
+    documents = [{"image": None}, {"image": 3}]
+    encoder.encode_documents("image.thumb", documents, "zero_vector")
+    assert documents[0]["image"] == {field: encoder.zero_vector}
+    assert documents[0]["image"][field] is not documents[1]["image"][field]
+    found = encoder.encode_documents(["x"], iter([{}]), np.zeros(3))
+    assert found[0]["x_bit_medium_vector_"].shape == (3,)
     documents = [{"a": str(photos[0])}, {"a": "nowhere.png"}]
     with pytest.raises(errors.ImageError):
         encoder.encode_documents(["a"], documents)
@@ -175,6 +233,11 @@ def test_picture_helpers(encoder, photos, monkeypatch):
     assert encoder.image_resize(pixels, rescale=0.5).shape == (24, 40, 3)
     with pytest.raises(ValueError, match="rescale"):
         encoder.image_resize(pixels)
+    with pytest.raises(ValueError, match="positive"):
+        encoder.image_resize(pixels, width=-20)
+    with pytest.raises(errors.ImageRangeError, match="one picture"):
+        encoder.to_grayscale(grey)
+    assert encoder.to_grayscale(pixels, np.ones(3)).shape == (48, 80)
     with pytest.raises(ValueError, match="symmetry"):
         encoder.image_resize(pixels, 10, resize_mode="crop")
     import matplotlib

@@ -57,6 +57,36 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(path.parent) == ["b"]
 
 
+def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
+    path = tmp_path / "path"
+    path.mkdir()
+    (path / "file").write_text("old")
+    rename, calls = os.rename, []
+
+    def fail(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", fail)
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        files.new_directory(path, overwrite=True),
+    ):
+        pass
+    assert (path / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["path"]
+
+
+def test_what_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError), files.new_directory("/", overwrite=True):
+        pass
+    with pytest.raises(OSError), files.new_file("/"):
+        pass
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "broken link"])
 def test_overwriting_what_is_no_directory(tmp_path, kind):
     path, other = tmp_path / "path", tmp_path / "other"

@@ -38,9 +38,11 @@ def test_decode_predictions():
 def test_errors():
     with pytest.raises(errors.UnknownNameError, match="No label set has 7"):
         bit_tf.decode_predictions(np.zeros((1, 7)))
-    with pytest.raises(errors.UnknownNameError, match=r"\[images, classes\]"):
+    with pytest.raises(ValueError, match=r"\[images, classes\]"):
         bit_tf.decode_predictions(np.zeros(1000))
-    with pytest.raises(errors.UnknownNameError, match="2 labels"):
+    with pytest.raises(ValueError, match="top must be"):
+        bit_tf.decode_predictions(np.zeros((1, 1000)), top=-1)
+    with pytest.raises(ValueError, match="2 labels"):
         bit_tf.decode_predictions(np.zeros((1, 3)), labels=["a", "b"])
     with pytest.raises(errors.UnknownNameError, match="ilsvrc2012"):
         labels.label_set("imagenet")
@@ -52,9 +54,33 @@ def test_stored_in_saved_models(tmp_path):
     assert labels.read_saved_model(tmp_path) is None
     labels.write_saved_model(rows, tmp_path)
     assert labels.read_saved_model(tmp_path) == rows
-    names = labels.parse("one\ntwo\n")
+    (tmp_path / "assets" / "wordnet_ids.txt").write_text("n1\n")
+    with pytest.raises(errors.HandleError, match="1 and 2"):
+        labels.read_saved_model(tmp_path)
+    (tmp_path / "assets" / "labels.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(errors.HandleError, match="UTF-8"):
+        labels.read_saved_model(tmp_path)
+    odd = labels.check(["a\u2028b", "c\x0bd"], 2)
+    labels.write_saved_model(odd, tmp_path)
+    (tmp_path / "assets" / "wordnet_ids.txt").unlink()
+    assert labels.read_saved_model(tmp_path) == odd
+    names = labels.parse("\ufeffone\r\ntwo\r\n")
+    assert names == labels.parse("one\ntwo")
     other = tmp_path / "other"
     other.mkdir()
     labels.write_saved_model(names, other)
     assert [p.name for p in (other / "assets").iterdir()] == ["labels.txt"]
     assert labels.read_saved_model(other) == names
+
+
+@pytest.mark.parametrize(
+    "bad", [["a", ""], ["a", "b\nc"], ["a", 1], ["a", None], ["a", " "], ["a"]]
+)
+def test_labels_are_lines_of_text(bad):
+    with pytest.raises(ValueError, match="Received"):
+        labels.check(bad, 2)
+
+
+def test_sigmoid_belongs_to_imagenet21k():
+    assert labels.activation(21843) == "sigmoid"
+    assert labels.activation(1000) == labels.activation(10) == "softmax"

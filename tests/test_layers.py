@@ -54,6 +54,18 @@ def test_standardization_against_float64(shape, ratio, bound, rng):
     )
 
 
+@pytest.mark.parametrize("corner", [-10, 0, 10])
+@pytest.mark.parametrize(("ratio", "bound"), [(10, 1e-5), (75, 3e-4)])
+def test_group_norm_with_an_outlier(ratio, bound, corner, rng):
+    """A pixel like no other, in any place, does not spoil the statistics."""
+    for place in [(0, 0), (56, 56), (111, 3)]:
+        x = (rng.standard_normal((1, 112, 112, 32)) + ratio).astype(np.float32)
+        x[0, place[0], place[1]] = corner
+        expected = reference.group_norm(x.astype(np.float64), 1, 0, 1e-5)
+        found = layers.GroupNormalization()(x)
+        assert helpers.relative_error(found, expected) <= bound
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9])
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
 @pytest.mark.parametrize(("strides", "rate"), [(1, 1), (2, 1), (1, 2), (1, 4)])

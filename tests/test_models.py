@@ -101,6 +101,7 @@ def test_integers_are_scaled_however_the_model_is_called(small):
         small(keras.ops.convert_to_tensor(pictures)),
         small.predict(pictures, verbose=0),
         small.predict_on_batch(pictures),
+        keras.Sequential([inside, small])(pictures),
         outer(pictures),
         bit_tf.endpoints(small, "logits")(pictures)["logits"],
     ):
@@ -152,9 +153,12 @@ def model_arrays(model):
 def test_keras_file_round_trip(small_npz, tmp_path):
     model = bit_tf.load_model(small_npz, output_stride=16, numerics="timm")
     model.get_layer("block2").trainable = False
+    model.get_layer("block3").units[0].trainable = False
     model.save(tmp_path / "model.keras")
     copy = keras.saving.load_model(tmp_path / "model.keras")
     assert isinstance(copy, models.ResNetV2)
+    assert not copy.get_layer("block3").units[0].trainable
+    assert len(copy.trainable_weights) == len(model.trainable_weights)
     assert copy.get_config() == model.get_config()
     assert not copy.get_layer("block2").trainable
     assert copy.get_layer("block1").trainable
@@ -212,7 +216,40 @@ def test_assignment_is_all_or_nothing(small_npz):
         assert np.array_equal(before[name], value)
 
 
+def test_unused_arrays_are_reported(small_npz, tmp_path, monkeypatch):
+    with np.load(small_npz) as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "more.npz", **arrays, global_step=np.zeros(3))
+    told = []
+    monkeypatch.setattr(
+        models.logging, "warning", lambda text, *values: told.append(values)
+    )
+    bit_tf.load_model(tmp_path / "more.npz")
+    assert told == [(tmp_path / "more.npz", "global_step")]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_weights_are_float32(dtype):
+    with pytest.raises(ValueError, match="Weights are float32"):
+        bit_tf.create_model("testing", dtype=dtype)
+
+
+def test_a_file_may_have_a_published_name(small_npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BiT-M-R50x1").write_bytes(small_npz.read_bytes())
+    assert bit_tf.load_model("BiT-M-R50x1").num_classes == 10
+
+
 def test_errors(small):
+    for name in (None, 5, ["R50x1"]):
+        with pytest.raises(errors.UnknownNameError, match="R50x1"):
+            bit_tf.create_model(name)
+    with pytest.raises(ValueError, match="num_classes"):
+        bit_tf.create_model("testing", "10")
+    with pytest.raises(ValueError, match="four blocks"):
+        models.ResNetV2((1, 1, 1), 32)
+    with pytest.raises(errors.CheckpointError, match=r"module only.*bird/1"):
+        bit_tf.load_model("experts/bit/r50x1/in21k/bird")
     with pytest.raises(errors.UnknownNameError, match="R50x1"):
         bit_tf.create_model("R50")
     with pytest.raises(ValueError, match="num_classes"):

@@ -166,6 +166,9 @@ elif kind == "hub.KerasLayer":
     model = tf_keras.Sequential(
         [tf_keras.layers.InputLayer((None, None, 3)), layer])
     output = model.predict(pictures, verbose=0)
+    integers = np.round(pictures * 255).astype(np.uint8)
+    again = np.asarray(layer(integers))
+    assert np.linalg.norm(again - output) < 1e-5 * np.linalg.norm(output)
 elif kind == "keras.layers.TFSMLayer":
     import keras
     layer = keras.layers.TFSMLayer(path, call_endpoint="serving_default")
@@ -353,12 +356,14 @@ def test_an_export_is_never_written_over(small_npz, tmp_path):
     (tmp_path / "there" / "file").write_text("mine")
     with pytest.raises(errors.ExportError, match="overwrite"):
         saved_model.convert(small_npz, tmp_path / "there")
+    with pytest.raises(errors.ExportError, match="is neither"):
+        saved_model.convert(small_npz, tmp_path / "there", overwrite=True)
     assert (tmp_path / "there" / "file").read_text() == "mine"
+    (tmp_path / "there" / "file").rename(tmp_path / "there" / "saved_model.pb")
     saved_model.convert(
         small_npz, tmp_path / "there", overwrite=True, verify=False
     )
-    assert not (tmp_path / "there" / "file").exists()
-    assert (tmp_path / "there" / "saved_model.pb").exists()
+    assert (tmp_path / "there" / "saved_model.pb").read_bytes() != b"mine"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -435,6 +440,48 @@ def test_golden_values_find_damage(small_export, tmp_path):
     (copy / golden.FILE).unlink()
     with pytest.raises(errors.VerificationError, match="holds golden values"):
         golden.check(copy)
+
+
+def test_a_new_head_still_has_its_backbone_checked(tmp_path, monkeypatch):
+    """Its logits are all zero, so features are compared as well."""
+    model = bit_tf.create_model("testing", 3)
+    values = golden.make
+
+    def wrong(model):
+        made = values(model)
+        assert np.all(made["output"] == 0)
+        return {**made, "features": made["features"] * 1.01}
+
+    monkeypatch.setattr(golden, "make", wrong)
+    with pytest.raises(errors.VerificationError, match="image_feature_vector"):
+        saved_model.export(model, tmp_path / "out")
+
+
+def test_mixed_precision_exports_float32_outputs(small_npz, tmp_path):
+    model = bit_tf.load_model(small_npz, dtype="mixed_bfloat16")
+    saved_model.export(model, tmp_path / "out")
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    pictures = tf.constant(helpers.random_images(1, 40, 40))
+    found = loaded(pictures)
+    assert found.dtype == tf.float32
+    expected = tf.cast(model(pictures), tf.float32)
+    assert helpers.relative_error(found, expected) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probabilities": "tanh"}, "'softmax' or 'sigmoid'"),
+        ({"l2": -1.0}, "0 or more"),
+        ({"l2": float("nan")}, "0 or more"),
+        ({"class_labels": list(range(10))}, "one line of text"),
+        ({"class_labels": [*"abcdefghi", "j\nk"]}, "one line of text"),
+    ],
+)
+def test_wrong_options(keras_small, tmp_path, options, message):
+    with pytest.raises(errors.ExportError, match=message):
+        saved_model.export(keras_small, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_labels_must_fit(keras_small, tmp_path):

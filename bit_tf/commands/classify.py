@@ -1,6 +1,7 @@
 """`bit-tf classify`: pictures → names and scores."""
 
 import json
+import os
 import sys
 
 from bit_tf import errors
@@ -23,7 +24,10 @@ def register(subparsers) -> None:
         "a .tar.gz archive (default: %(default)s)",
     )
     parser.add_argument(
-        "--top", type=int, default=5, help="classes a picture (%(default)s)"
+        "--top",
+        type=program.positive,
+        default=5,
+        help="classes a picture (%(default)s)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line"
@@ -37,9 +41,10 @@ def run(args) -> int:
 
     classifier = classify.Classifier(args.model, preset=args.preset)
     failures = 0
-    for source in args.images:
+    for image in args.images:
+        source = os.fsencode(image).decode("utf-8", "backslashreplace")
         try:
-            classes = classifier.classify(embed.read(source), top=args.top)
+            classes = classifier.classify(embed.read(image), top=args.top)
         except errors.ImageError as error:
             failures += 1
             print(f"bit-tf: error: {source}: {error}", file=sys.stderr)

@@ -1,10 +1,11 @@
 """`bit-tf embed`: pictures → vectors."""
 
+import argparse
 import json
 import os
 import sys
 
-from bit_tf import errors, files
+from bit_tf import errors, files, presets
 from bit_tf.commands import program
 
 __all__ = ["add_pictures", "register"]
@@ -17,12 +18,10 @@ def add_pictures(parser) -> None:
     )
     parser.add_argument(
         "--preset",
+        choices=list(presets.PRESETS),
         default="big_transfer eval",
         help="how pictures are resized; 'tfhub' keeps their size "
         "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch", type=int, default=8, help="pictures a batch (%(default)s)"
     )
 
 
@@ -41,40 +40,69 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--output",
+        type=_output,
         default="-",
         help="FILE.parquet, FILE.npy, or - for one JSON object a line "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--batch",
+        type=program.positive,
+        default=8,
+        help="pictures a batch (%(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
+def _output(text: str) -> str:
+    """An --output that can be written, told before any work is done."""
+    folder = os.path.dirname(os.path.abspath(text))
+    if text != "-" and os.path.splitext(text)[1] not in (".parquet", ".npy"):
+        raise argparse.ArgumentTypeError(
+            f"must end in .parquet or .npy, or be - for JSON lines, not {text}"
+        )
+    if text != "-" and not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"{folder} is not a directory")
+    return text
+
+
 def run(args) -> int:
-    write = _writer(args.output)
+    if args.output.endswith(".parquet"):
+        errors.import_extra("pyarrow.parquet", "parquet")
     program.quiet_tensorflow()
+    from tqdm import tqdm
+
     from bit_tf import embed
 
     encoder = embed.BitMedium2Vec(args.model, preset=args.preset)
-    from tqdm import tqdm
-
-    results = []
-    failures = 0
-    sources = [os.fspath(image) for image in args.images]
     vectors = encoder.iterate(
         (read(image) for image in args.images),
         chunks=args.batch,
         on_error="return",
     )
-    for source, vector in tqdm(
-        zip(sources, vectors, strict=True),
-        total=len(sources),
+    failures = 0
+    results = []
+    for image, vector in tqdm(
+        zip(args.images, vectors, strict=True),
+        total=len(args.images),
         unit="image",
-        disable=None if len(sources) > 1 else True,
+        disable=None if len(args.images) > 1 else True,
     ):
+        # A file's name may hold bytes that are no text.
+        source = os.fsencode(image).decode("utf-8", "backslashreplace")
         if isinstance(vector, errors.ImageError):
             failures += 1
             print(f"bit-tf: error: {source}: {vector}", file=sys.stderr)
-        results.append((source, vector))
-    write(results, encoder, args.preset)
+        if args.output == "-":
+            _print_json(source, vector, encoder)
+        else:
+            results.append((source, vector))
+    if args.output != "-":
+        with files.new_file(args.output) as file:
+            if args.output.endswith(".npy"):
+                _write_npy(file, results)
+            else:
+                _write_parquet(file, results, encoder)
     return 1 if failures else 0
 
 
@@ -83,37 +111,18 @@ def read(image: str):
     return sys.stdin.buffer.read() if image == "-" else image
 
 
-def _writer(output: str):
-    if output == "-":
-        return _write_json
-    suffix = os.path.splitext(output)[1]
-    writers = {".parquet": _write_parquet, ".npy": _write_npy}
-    if suffix not in writers:
-        raise errors.UnknownNameError(
-            "--output must end in .parquet or .npy, or be - for JSON lines. "
-            f"Received: {output!r}."
-        )
-    if suffix == ".parquet":
-        errors.import_extra("pyarrow.parquet", "parquet")
-
-    def write(results, encoder, preset):
-        with files.new_file(output) as file:
-            writers[suffix](file, results, encoder, preset)
-
-    return write
+def _print_json(source, vector, encoder) -> None:
+    row: dict = {"source": source}
+    if isinstance(vector, errors.ImageError):
+        row["error"] = str(vector)
+    else:
+        row["embedding"] = vector
+        row["model"] = encoder.model_url
+        row["preset"] = encoder.preset.name
+    print(json.dumps(row), flush=True)
 
 
-def _write_json(results, encoder, preset) -> None:
-    for source, vector in results:
-        row: dict = {"source": source}
-        if isinstance(vector, errors.ImageError):
-            row["error"] = str(vector)
-        else:
-            row["embedding"] = vector
-        print(json.dumps(row))
-
-
-def _write_npy(file, results, encoder, preset) -> None:
+def _write_npy(file, results) -> None:
     import numpy as np
 
     bad = [s for s, v in results if isinstance(v, errors.ImageError)]
@@ -127,7 +136,7 @@ def _write_npy(file, results, encoder, preset) -> None:
     np.save(file, np.asarray([v for _, v in results], np.float32))
 
 
-def _write_parquet(file, results, encoder, preset) -> None:
+def _write_parquet(file, results, encoder) -> None:
     arrow = errors.import_extra("pyarrow", "parquet")
     parquet = errors.import_extra("pyarrow.parquet", "parquet")
     bad = [isinstance(v, errors.ImageError) for _, v in results]
@@ -138,7 +147,10 @@ def _write_parquet(file, results, encoder, preset) -> None:
             ("embedding", arrow.list_(arrow.float32(), encoder.vector_length)),
             ("error", arrow.string()),
         ],
-        metadata={"model": encoder.model_url, "preset": preset},
+        metadata={
+            "model": encoder.model_url,
+            "preset": encoder.preset.name,
+        },
     )
     columns = [
         [source for source, _ in results],

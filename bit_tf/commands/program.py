@@ -6,6 +6,7 @@ else to stderr.
 
 import argparse
 import os
+import signal
 import sys
 import types
 import warnings
@@ -17,7 +18,7 @@ from absl.flags import argparse_flags
 import bit_tf
 from bit_tf import errors
 
-__all__ = ["quiet_tensorflow", "run"]
+__all__ = ["positive", "quiet_tensorflow", "run"]
 
 
 def run(
@@ -52,18 +53,36 @@ def run(
         return parser.parse_args(argv[1:])
 
     def main(args) -> int:
+        signal.signal(signal.SIGTERM, _stop)
         try:
-            return args.run(args)
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            # Python flushes stdout once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except (errors.BitTfError, OSError) as error:
             print(f"{name}: error: {error}", file=sys.stderr)
-            return 1
-        except BrokenPipeError:
             return 1
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
             return 1
 
     app.run(main, flags_parser=parse)
+
+
+def _stop(number, frame):
+    """Unwinds, so that temporary files are removed and children stopped."""
+    sys.exit(128 + number)
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
 
 
 def quiet_tensorflow() -> None:

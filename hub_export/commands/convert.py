@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+from bit_tf import errors, variants
 from bit_tf.commands import program
 
 __all__ = ["register"]
@@ -52,7 +53,7 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--numerics",
-        choices=["source", "google", "big_vision", "timm"],
+        choices=["source", *variants.NUMERICS],
         default="source",
         help="constants of a source instead of the checkpoint's own "
         "(default: %(default)s)",
@@ -73,7 +74,13 @@ def run(args) -> int:
     if class_labels == "none":
         class_labels = None
     elif class_labels != "auto" and class_labels not in labels.LABEL_SETS:
-        text = pathlib.Path(class_labels).read_text(encoding="utf-8")
+        try:
+            text = pathlib.Path(class_labels).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.ExportError(
+                f"--labels names a file of UTF-8 text. Received: "
+                f"{class_labels!r}: {error}"
+            ) from error
         class_labels = labels.parse(text)
     print(f"Converting {args.source} …", file=sys.stderr)
     report = saved_model.convert(
@@ -86,6 +93,12 @@ def run(args) -> int:
         l2=args.l2,
         overwrite=args.overwrite,
     )
+    if report["extra_arrays"]:
+        print(
+            "No part of BiT, and not used: "
+            + ", ".join(report["extra_arrays"]),
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps({"path": args.path, **report}))
     else:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from bit_tf import presets
 from bit_tf.commands import program
 
 __all__ = ["register"]
@@ -33,6 +34,11 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--preset",
+        choices=[
+            name
+            for name, row in presets.PRESETS.items()
+            if row.resize != "none"
+        ],
         default="big_transfer eval",
         help="how photos are resized (default: %(default)s)",
     )
