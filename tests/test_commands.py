@@ -261,7 +261,7 @@ def test_sigterm_leaves_nothing(small_npz, tmp_path):
         "import os, signal, sys\n"
         "from hub_export import golden\n"
         "def stop(path):\n"
-        "    assert os.listdir(sys.argv[-1] + '/..')\n"
+        "    assert os.listdir(os.path.dirname(sys.argv[-1]))\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "golden.check_in_fresh_process = stop\n"
         "from hub_export.commands import main; main()\n"
