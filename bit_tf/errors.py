@@ -22,7 +22,8 @@ Every message states the rule, what was received, and the remedy.
 import difflib
 import importlib
 import types
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import TypeVar
 
 __all__ = [
     "ArchiveError",
@@ -42,8 +43,10 @@ __all__ = [
     "VerificationError",
     "brief",
     "import_extra",
-    "near",
+    "lookup",
 ]
+
+Row = TypeVar("Row")
 
 
 class BitTfError(Exception):
@@ -115,13 +118,30 @@ def brief(value: object) -> str:
     return text if len(text) <= 90 else f"{text[:80]}…"
 
 
-def near(name: object, known: Iterable[str]) -> str:
-    """ " Did you mean …?" for the known names that resemble one, or ""."""
-    by_case = {text.lower(): text for text in known}
-    found = difflib.get_close_matches(str(name).lower(), by_case, 3, 0.7)
-    if not found:
-        return ""
-    return f" Did you mean {' or '.join(repr(by_case[n]) for n in found)}?"
+def lookup(table: Mapping[str, Row], name: object, what: str) -> Row:
+    """The row of that name.
+
+    Args:
+      table: name → row.
+      name: what somebody wrote.
+      what: the kind of rows, in the plural, such as "Presets".
+
+    Raises:
+      UnknownNameError: there is none; the message lists the names, or where
+        they are many the nearest.
+    """
+    if isinstance(name, str) and name in table:
+        return table[name]
+    by_case = {text.lower(): text for text in table}
+    near = difflib.get_close_matches(str(name).lower(), by_case, 3, 0.7)
+    hint = ""
+    if near:
+        names = " or ".join(repr(by_case[text]) for text in near)
+        hint = f" Did you mean {names}?"
+    rule = f"{what} are {', '.join(map(repr, table))}."
+    if len(table) > 20:
+        rule = f"{what} have {len(table)} names."
+    raise UnknownNameError(f"{rule} Received: {name!r}.{hint}")
 
 
 def import_extra(module: str, extra: str) -> types.ModuleType:

@@ -46,10 +46,7 @@ def label_set(name: str) -> tuple[Label, ...]:
     Raises:
       UnknownNameError: there is no such set.
     """
-    if name not in LABEL_SETS:
-        raise errors.UnknownNameError(
-            f"Label sets are {', '.join(LABEL_SETS)}. Received: {name!r}."
-        )
+    errors.lookup(LABEL_SETS, name, "Label sets")
     data = importlib.resources.files("bit_tf") / "data" / f"{name}.tsv"
     return parse(data.read_text(encoding="utf-8"))
 

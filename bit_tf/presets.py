@@ -91,9 +91,4 @@ def preset(name: str) -> Preset:
     Raises:
       UnknownNameError: there is none; the message lists all.
     """
-    if isinstance(name, str) and name in PRESETS:
-        return PRESETS[name]
-    raise errors.UnknownNameError(
-        f"A preset is one of {', '.join(map(repr, PRESETS))}. Received: "
-        f"{name!r}.{errors.near(name, PRESETS)}"
-    )
+    return errors.lookup(PRESETS, name, "Presets")

@@ -291,14 +291,8 @@ def variant(name: str) -> Variant:
     Raises:
       UnknownNameError: there are none; the message names near misses.
     """
-    table = _table()
-    key = str(name).removesuffix(".npz")
-    if key not in table:
-        raise errors.UnknownNameError(
-            f"No published BiT weights are named {name!r}."
-            f"{errors.near(key, table)} See bit_tf.list_models()."
-        )
-    return table[key]
+    key = name.removesuffix(".npz") if isinstance(name, str) else name
+    return errors.lookup(_table(), key, "Published weights")
 
 
 def architecture(name: str) -> Architecture:
@@ -307,12 +301,7 @@ def architecture(name: str) -> Architecture:
     Raises:
       UnknownNameError: there is none; the message lists all.
     """
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise errors.UnknownNameError(
-            f"Architectures are {', '.join(ARCHITECTURES)}. Received: {name!r}."
-            f"{errors.near(name, ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[name]
+    return errors.lookup(ARCHITECTURES, name, "Architectures")
 
 
 def numerics(name: str) -> Numerics:
@@ -321,12 +310,7 @@ def numerics(name: str) -> Numerics:
     Raises:
       UnknownNameError: there is none; the message lists all.
     """
-    if not isinstance(name, str) or name not in NUMERICS:
-        raise errors.UnknownNameError(
-            f"Numerics are {', '.join(NUMERICS)}. Received: {name!r}."
-            f"{errors.near(name, NUMERICS)}"
-        )
-    return NUMERICS[name]
+    return errors.lookup(NUMERICS, name, "Numerics")
 
 
 def find_architecture(

@@ -1141,7 +1141,7 @@ def test_a_crop_must_lie_inside():
 
 
 def test_unknown_presets_name_the_nearest():
-    with pytest.raises(UnknownNameError, match=r"'hf bit-50'.*'timm in21k'\?"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'timm in21k'"):
         images.preset("timm in21")
     with pytest.raises(UnknownNameError, match="'xyzzy'"):
         images.preprocess(photo(), "xyzzy")
