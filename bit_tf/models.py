@@ -272,9 +272,9 @@ def _strides(output_stride: int) -> Iterator[tuple[int, tuple[int, int]]]:
 class ResNetV2(ImageModel):
     """BiT's network.
 
-    RGB pictures, float32 in [0,1] or uint8 in [0,255], [n, h, w, 3], any size
-    → logits float [n, num_classes], or with num_classes=0 the feature vector
-    float [n, 32 · stem_width].
+    RGB pictures of any size, float32 in [0,1] or uint8 in [0,255],
+    [n ≥ 1, h, w, 3] → logits float [n, num_classes], or with num_classes=0 the
+    feature vector float [n, 32 · stem_width].
 
     Layers by name: root_block, block1 … block4, group_norm, pre_logits, head.
     `model.get_layer("block1").trainable = False` freezes one.

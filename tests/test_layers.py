@@ -130,6 +130,30 @@ def test_statistics_stay_float32_under_mixed_bfloat16(rng):
     assert np.max(np.abs(kernel - exact) / (np.abs(exact) + 1e-3)) < 2**-8
 
 
+def test_gradients_under_mixed_bfloat16_are_near(rng):
+    import tensorflow as tf
+
+    x = (rng.standard_normal((2, 16, 16, 32)) + 2).astype(np.float32)
+    weights = rng.standard_normal((2, 16, 16, 8)).astype(np.float32)
+    gradients = []
+    for dtype in ("float32", "mixed_bfloat16"):
+        norm = layers.GroupNormalization(activation="relu", dtype=dtype)
+        conv = layers.StandardizedConv2D(8, 3, dtype=dtype)
+        norm.build(x.shape)
+        conv.build(x.shape)
+        conv.kernel.assign(
+            0.1 * np.sin(np.arange(9 * 32 * 8)).reshape(3, 3, 32, 8)
+        )
+        variables = [v.value for v in [*norm.weights, *conv.weights]]
+        with tf.GradientTape() as tape:
+            y = tf.cast(conv(norm(x)), tf.float32)
+            loss = tf.reduce_sum(y * weights)
+        gradients.append(tape.gradient(loss, variables))
+    for exact, found in zip(*gradients, strict=True):
+        assert found.dtype == tf.float32
+        assert helpers.relative_error(found, exact) < 0.1
+
+
 @pytest.mark.parametrize(
     "layer",
     [
