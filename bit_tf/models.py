@@ -21,6 +21,7 @@ __all__ = [
     "ResNetV2",
     "canonical_arrays",
     "create_model",
+    "endpoint_names",
     "endpoints",
     "load_model",
 ]
@@ -450,8 +451,7 @@ def endpoints(model: ResNetV2, names: Iterable[str]) -> ImageModel:
     if isinstance(names, str):
         names = [names]
     outputs = {}
-    layers = {layer.name for layer in model.layers}
-    known = [name for name, layer in ENDPOINTS.items() if layer in layers]
+    known = endpoint_names(model)
     for name in names:
         if name not in known:
             raise errors.UnknownNameError(
@@ -460,6 +460,12 @@ def endpoints(model: ResNetV2, names: Iterable[str]) -> ImageModel:
             )
         outputs[name] = model.get_layer(ENDPOINTS[name]).output
     return ImageModel(model.input, outputs, name=f"{model.name}_endpoints")
+
+
+def endpoint_names(model: ResNetV2) -> list[str]:
+    """The endpoints that the model has, in the order of the forward pass."""
+    layers = {layer.name for layer in model.layers}
+    return [name for name, layer in ENDPOINTS.items() if layer in layers]
 
 
 def canonical_variables(model: ResNetV2) -> dict[str, keras.Variable]:

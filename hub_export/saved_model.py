@@ -87,6 +87,8 @@ def export(
             "export takes a model of bit_tf.create_model or bit_tf.load_model. "
             f"Received: {type(model).__name__}."
         )
+    if isinstance(class_labels, str) and class_labels == "auto":
+        class_labels = labels.of_count(model.num_classes)
     classes = _labels(class_labels, model.num_classes)
     if probabilities is None:
         probabilities = labels.activation(model.num_classes)
@@ -154,8 +156,6 @@ def convert(
 
 
 def _labels(class_labels, num_classes: int):
-    if isinstance(class_labels, str) and class_labels == "auto":
-        class_labels = labels.of_count(num_classes)
     if class_labels is None or not num_classes:
         return None
     if isinstance(class_labels, str):
@@ -259,12 +259,7 @@ def _unit_by_unit(model: models.ResNetV2) -> Iterator[None]:
 
 def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):
     """(object to save, its signatures)."""
-    known = [
-        name
-        for name, layer in models.ENDPOINTS.items()
-        if layer != "head" or model.num_classes
-    ]
-    network = models.endpoints(model, known)
+    network = models.endpoints(model, models.endpoint_names(model))
     output = "logits" if model.num_classes else "pre_logits"
 
     @tf.function(

@@ -124,6 +124,7 @@ def test_sigmoid_for_imagenet21k_and_softmax_for_others(tmp_path):
     assert helpers.relative_error(found["probabilities"], sigmoid) < 1e-6
     names = labels.read_saved_model(tmp_path / "m")
     assert names == labels.label_set("imagenet21k")
+    assert card.read(tmp_path / "m")[0]["labels"] == "imagenet21k"
 
 
 def test_what_lies_beside_the_graph(small_export, small_npz):
