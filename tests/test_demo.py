@@ -70,6 +70,7 @@ def test_demo(tmp_path):
         assert len(drawn.getcolors(2**20)) > 100
 
 
+@pytest.mark.slow
 def test_demo_with_photos_and_random_weights(tmp_path, photos):
     lines = []
     picture = demo.run(
@@ -87,6 +88,7 @@ def test_demo_with_photos_and_random_weights(tmp_path, photos):
     assert (tmp_path / "RANDOM-testing.npz").exists()
 
 
+@pytest.mark.slow
 def test_demo_with_a_checkpoint_file(tmp_path, small_npz):
     lines = []
     demo.run(tmp_path, checkpoint=small_npz, say=lines.append)
