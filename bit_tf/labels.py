@@ -139,7 +139,8 @@ def decode_predictions(scores, top: int = 5, labels=None):
                 "Pass labels=[...], one name a class."
             )
         labels = label_set(name)
-    labels = check(labels, classes)
+    else:
+        labels = check(labels, classes)
     return [
         [
             (labels[index].id, labels[index].name, float(row[index]))
