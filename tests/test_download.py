@@ -241,7 +241,7 @@ def test_tls_is_spoken_and_certificates_are_checked(
 ):
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("needs the openssl program, to make a certificate")
+        pytest.skip("needs openssl for a certificate: apt-get install openssl")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     options = (
         f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 "
