@@ -171,7 +171,9 @@ def picture_function(model, signature: str, output: str, handle: str):
         )
     spec = tf.TensorSpec([None, None, None, 3], tf.float32)
     try:
-        concrete = tf.function(call).get_concrete_function(spec)
+        concrete = tf.function(call, autograph=False).get_concrete_function(
+            spec
+        )
     except (KeyError, TypeError, ValueError, tf.errors.OpError) as error:
         raise errors.HandleError(
             "A model of pictures takes float32 [n, h, w, 3] alone. Received: "
