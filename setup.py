@@ -13,10 +13,14 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
+    "huggingface": ["huggingface_hub>=0.30"],
     "parquet": ["pyarrow>=15"],
     "plot": ["matplotlib>=3.8"],
+    # Older ones' weights-only loader could be made to run code.
+    "torch": ["torch>=2.6"],
 }
 EXTRAS["test"] = [
+    *EXTRAS["huggingface"],
     *EXTRAS["parquet"],
     *EXTRAS["plot"],
     "ipykernel>=6.29",
@@ -28,7 +32,7 @@ EXTRAS["test"] = [
     "scikit-learn>=1.4",
 ]
 # The independent oracle. See constraints.txt for torch's CPU build.
-EXTRAS["oracle"] = ["torch>=2.4", "transformers>=5"]
+EXTRAS["oracle"] = [*EXTRAS["torch"], "safetensors>=0.5", "transformers>=5"]
 
 setuptools.setup(
     name="bit-tf",
@@ -46,9 +50,13 @@ setuptools.setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
+        "filelock>=3.13",
+        "h5py>=3.11",
         "keras>=3.8",
         "numpy>=1.26",
         "pillow>=10.3",
+        "platformdirs>=4.2",
+        "requests>=2.32",
         # tensorflow_hub imports pkg_resources, which setuptools 82 removed.
         "setuptools<82",
         "tensorflow>=2.18",

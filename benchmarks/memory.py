@@ -1,10 +1,13 @@
 """Time and peak memory of converting an architecture, at full size.
 
     python -m benchmarks.memory R152x4 --classes 21843 --directory /tmp/big
+    python -m benchmarks.memory R152x4 --to timm keras transformers npz \\
+        --directory /tmp/big
 
 Writes random weights in the published layout, runs `hub-export convert` on
-them, and watches every process of it, the verifier included, through Linux'
-/proc. Prints each one's peak and its ratio to the weights' bytes.
+them, once for every format named, each time on what the last one made, and
+watches every process of it, the verifier included, through Linux' /proc.
+Prints each one's peak and its ratio to the larger of what is read and written.
 """
 
 import argparse
@@ -13,8 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-
-from bit_tf import variants
+from collections.abc import Iterator, Sequence
 
 
 def peak_bytes(pid: int) -> int:
@@ -53,32 +55,61 @@ def watch(command: list[str]) -> tuple[float, dict[str, int]]:
     return time.perf_counter() - start, peaks
 
 
-def measure(architecture: str, classes: int, directory: pathlib.Path) -> dict:
+def measure(
+    architecture: str,
+    classes: int,
+    directory: pathlib.Path,
+    to: Sequence[str] = ("savedmodel",),
+) -> Iterator[dict]:
     """Converts random weights; see the module's docstring.
 
-    Returns:
-      {"weights": bytes, "seconds": …, "peaks": {process: bytes}}
+    Yields:
+      {"to": format, "bytes": the larger of what is read and written,
+      "seconds": …, "peaks": {process: bytes}}
     """
     from hub_export import demo
 
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = directory / f"RANDOM-{architecture}.npz"
-    model = directory / f"RANDOM-{architecture}"
+    source = directory / f"RANDOM-{architecture}.npz"
+    demo.write_random_checkpoint(architecture, source, classes)
     try:
-        demo.write_random_checkpoint(architecture, checkpoint, classes)
-        seconds, peaks = watch(
-            [
-                *(sys.executable, "-c"),
-                "from hub_export.commands import main; main()",
-                *("convert", str(checkpoint), str(model), "--overwrite"),
-            ]
-        )
+        for number, name in enumerate(to):
+            target = directory / f"RANDOM-{architecture}-{number}-{name}"
+            read = size(source)
+            try:
+                seconds, peaks = watch(
+                    [
+                        *(sys.executable, "-c"),
+                        "from hub_export.commands import main; main()",
+                        *("convert", str(source), str(target), "--to", name),
+                    ]
+                )
+            finally:
+                remove(source)
+                source = target
+            yield {
+                "to": name,
+                "bytes": max(read, size(target)),
+                "seconds": seconds,
+                "peaks": peaks,
+            }
     finally:
-        checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(model, ignore_errors=True)
-    row = variants.architecture(architecture)
-    weights = 4 * row.count_params(classes)
-    return {"weights": weights, "seconds": seconds, "peaks": peaks}
+        remove(source)
+
+
+def size(path: pathlib.Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*"))
+    return path.stat().st_size
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -88,12 +119,18 @@ def main() -> None:
     parser.add_argument("architecture", nargs="?", default="R152x4")
     parser.add_argument("--classes", type=int, default=21843)
     parser.add_argument("--directory", type=pathlib.Path, required=True)
+    parser.add_argument("--to", nargs="+", default=["savedmodel"])
     args = parser.parse_args()
-    result = measure(args.architecture, args.classes, args.directory)
-    weights = result["weights"]
-    print(f"weights: {weights / 1e9:.2f} GB, {result['seconds']:.0f} s")
-    for name, peak in result["peaks"].items():
-        print(f"{name}: peak {peak / 1e9:.2f} GB, {peak / weights:.2f} x")
+    for result in measure(
+        args.architecture, args.classes, args.directory, args.to
+    ):
+        print(
+            f"{result['to']}: {result['bytes'] / 1e9:.2f} GB, "
+            f"{result['seconds']:.0f} s"
+        )
+        for name, peak in result["peaks"].items():
+            ratio = peak / result["bytes"]
+            print(f"  {name}: peak {peak / 1e9:.2f} GB, {ratio:.2f} x")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def unpack(
             gzip.BadGzipFile,
             FileExistsError,
             NotADirectoryError,
+            RecursionError,
             UnicodeError,
         ) as error:
             raise errors.ArchiveError(

@@ -9,6 +9,7 @@
     │   ├── ImageTooLargeError        over the limit of pixels or bytes
     │   ├── ImageRangeError           dtype, shape or pixel range not accepted
     │   └── ImageFetchError (OSError) a URL that could not be read
+    ├── DownloadError (OSError)       a file could not be fetched whole
     ├── HandleError (ValueError)      no model handle, or nothing there
     ├── ArchiveError (ValueError)     an archive that must not be unpacked
     ├── UnknownNameError (ValueError) no such model, labels, preset, endpoint
@@ -22,7 +23,7 @@ Every message states the rule, what was received, and the remedy.
 import difflib
 import importlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointMismatchError",
+    "DownloadError",
     "ExportError",
     "HandleError",
     "ImageDecodeError",
@@ -44,6 +46,7 @@ __all__ = [
     "brief",
     "import_extra",
     "lookup",
+    "near",
 ]
 
 Row = TypeVar("Row")
@@ -86,6 +89,10 @@ class ImageRangeError(ImageError):
 
 class ImageFetchError(ImageError, OSError):
     """A URL could not be read, or must not be."""
+
+
+class DownloadError(BitTfError, OSError):
+    """A file could not be fetched whole, or is not what was fetched before."""
 
 
 class HandleError(BitTfError, ValueError):
@@ -132,16 +139,19 @@ def lookup(table: Mapping[str, Row], name: object, what: str) -> Row:
     """
     if isinstance(name, str) and name in table:
         return table[name]
-    by_case = {text.lower(): text for text in table}
-    near = difflib.get_close_matches(str(name).lower(), by_case, 3, 0.7)
-    hint = ""
-    if near:
-        names = " or ".join(repr(by_case[text]) for text in near)
-        hint = f" Did you mean {names}?"
+    names = " or ".join(map(repr, near(table, name)))
+    hint = f" Did you mean {names}?" if names else ""
     rule = f"{what} are {', '.join(map(repr, table))}."
     if len(table) > 20:
         rule = f"{what} have {len(table)} names."
     raise UnknownNameError(f"{rule} Received: {name!r}.{hint}")
+
+
+def near(names: Iterable[str], name: object) -> list[str]:
+    """Up to three names that somebody may have meant, the nearest first."""
+    by_case = {text.lower(): text for text in names}
+    found = difflib.get_close_matches(str(name).lower(), by_case, 3, 0.7)
+    return [by_case[text] for text in found]
 
 
 def import_extra(module: str, extra: str) -> types.ModuleType:

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from keras import ops
 
-from bit_tf import checkpoints, errors, images, variants
+from bit_tf import checkpoints, errors, images, published, variants
 from bit_tf.checkpoints import layout
 from bit_tf.layers import GroupNormalization, StandardizedConv2D
 
@@ -23,6 +23,7 @@ __all__ = [
     "create_model",
     "endpoint_names",
     "endpoints",
+    "from_checkpoint",
     "load_model",
 ]
 
@@ -485,10 +486,16 @@ class canonical_arrays(Mapping[str, np.ndarray]):  # noqa: N801
 
     Attributes:
       shapes: name → shape.
+      facts: the model's constants and output stride.
+      config: the model's configuration.
     """
 
     def __init__(self, model: ResNetV2):
         self._variables = canonical_variables(model)
+        self.facts = checkpoints.Facts(
+            model.numerics, output_stride=model.output_stride
+        )
+        self.config = model.get_config()
         self.shapes = {
             name: tuple(variable.shape)
             for name, variable in self._variables.items()
@@ -529,58 +536,67 @@ def assign(model: ResNetV2, arrays: checkpoints.Checkpoint) -> None:
 
 
 def load_model(
-    path,
+    source: str | os.PathLike[str],
     *,
     head: bool = True,
     numerics: str | None = None,
-    output_stride: int = 32,
+    output_stride: int | None = None,
     dtype=None,
 ) -> ResNetV2:
     """The model that a checkpoint holds, with its weights.
 
     Args:
-      path: a checkpoint file, in any format that bit_tf.checkpoints reads. The
-        architecture comes from the arrays' shapes, never from the name.
+      source: a checkpoint in any format that bit_tf.checkpoints reads; or what
+        bit_tf.published finds: a published name such as "BiT-M-R50x1" or
+        "google/bit-50", downloaded once and kept, or a URL. The architecture
+        comes from the arrays' shapes, never from the name.
       head: False drops the head, and the model returns features.
       numerics: constants of a source instead of the checkpoint's own.
-      output_stride: 32, 16 or 8.
+      output_stride: 32, 16 or 8; by default the checkpoint's own.
       dtype: a dtype policy.
 
     Raises:
       FileNotFoundError: there is no such file.
+      UnknownNameError: nor weights of that name, but of a similar one.
       CheckpointError: the file cannot be used; the message says why.
+      DownloadError: it could not be fetched whole.
     """
-    _refuse_published_name(path)
-    checkpoint = checkpoints.read(path)
+    checkpoint = published.open_checkpoint(source)
+    for note in checkpoint.notes:
+        logging.warning("%s: %s", source, note)
+    if checkpoint.extra:
+        logging.warning(
+            "%s holds arrays that are no part of BiT, and were not used: %s",
+            source,
+            ", ".join(checkpoint.extra),
+        )
+    return from_checkpoint(
+        checkpoint,
+        head=head,
+        numerics=numerics,
+        output_stride=output_stride,
+        dtype=dtype,
+    )
+
+
+def from_checkpoint(
+    checkpoint: checkpoints.Checkpoint,
+    *,
+    head: bool = True,
+    numerics: str | None = None,
+    output_stride: int | None = None,
+    dtype=None,
+) -> ResNetV2:
+    """The model that an opened checkpoint holds; see `load_model`."""
     known = variants.find_architecture(checkpoint.blocks, checkpoint.stem_width)
     model = ResNetV2(
         checkpoint.blocks,
         checkpoint.stem_width,
         checkpoint.num_classes if head else 0,
-        output_stride=output_stride,
-        numerics=numerics or checkpoint.numerics,
+        output_stride=output_stride or checkpoint.facts.output_stride,
+        numerics=numerics or checkpoint.facts.numerics,
         dtype=dtype,
         name=known.name if known else "resnetv2",
     )
     assign(model, checkpoint)
-    if checkpoint.extra:
-        logging.warning(
-            "%s holds arrays that are no part of BiT, and were not used: %s",
-            path,
-            ", ".join(checkpoint.extra),
-        )
     return model
-
-
-def _refuse_published_name(path) -> None:
-    names = {row.name for row in variants.list_models()}
-    if str(path) not in names or os.path.exists(path):
-        return
-    row = variants.variant(str(path))
-    source = f"Download {row.url} and pass its path."
-    if row.url is None:
-        source = f"It is a TF-Hub module only: {row.handle}"
-    raise errors.CheckpointError(
-        f"load_model takes a file. Received: {str(path)!r}, the name of "
-        f"published weights. {source}"
-    )

@@ -34,6 +34,29 @@ class Preset:
     source: str
     offset: Literal["round", "floor"] = "round"
 
+    def check(self) -> None:
+        """Refuses what is no preset, such as one read from a file.
+
+        Raises:
+          ValueError: an attribute is not what the class says.
+        """
+        sides = [side for side in (self.size, self.crop) if side is not None]
+        right = (
+            isinstance(self.name, str)
+            and isinstance(self.source, str)
+            and self.resize in ("squash", "shortest_edge", "none")
+            and (self.size is None) == (self.resize == "none")
+            and all(type(side) is int and 0 < side < 2**16 for side in sides)
+            and self.method in ("bilinear", "bicubic")
+            and isinstance(self.antialias, bool)
+            and self.offset in ("round", "floor")
+        )
+        if not right:
+            raise ValueError(
+                "A preset has the attributes that presets.Preset describes. "
+                f"Received: {self}."
+            )
+
 
 _BIG = "google-research/big_transfer, input_pipeline_tf2_or_jax.py"
 _TIMM = "timm, default_cfgs of resnetv2.py; edge floor(size / crop_pct)"

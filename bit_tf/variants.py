@@ -2,7 +2,8 @@
 
 The one table of facts. Counts and sizes beside the numbers are held against
 the layout by tests/test_variants.py. Sources: google-research/big_transfer
-(README.md and bit_*/models.py), the tfhub.dev documentation repository, timm.
+(README.md and bit_*/models.py), the tfhub.dev documentation repository, timm
+(models/resnetv2.py), huggingface.co/google/bit-50.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from bit_tf import errors, labels
 
 __all__ = [
     "ARCHITECTURES",
+    "BUCKET",
     "EXPERTS",
     "NUMERICS",
     "VTAB_TASKS",
@@ -29,7 +31,7 @@ __all__ = [
 BIT = "https://arxiv.org/abs/1912.11370"
 FUNMATCH = "https://arxiv.org/abs/2106.05237"
 EXPERT_MODELS = "https://arxiv.org/abs/2009.13239"
-_BUCKET = "https://storage.googleapis.com/bit_models/"
+BUCKET = "https://storage.googleapis.com/bit_models/"
 _HUB = "https://tfhub.dev/google/"
 
 
@@ -112,8 +114,8 @@ class Variant:
     """One set of published weights.
 
     Attributes:
-      name: the file's name without ".npz" and the bucket, or for an expert the
-        handle's path.
+      name: the file's name without ".npz" and the bucket, for an expert the
+        handle's path, or the Hugging Face repository.
       architecture: a name in ARCHITECTURES.
       num_classes: outputs of the head; 0 where none was published.
       labels: a label set of bit_tf.labels, or None.
@@ -121,7 +123,9 @@ class Variant:
       resolution: side in pixels of the square pictures the weights last saw.
       preset: how the source prepares a picture, a name of images.PRESETS.
       numerics: a name in NUMERICS.
-      url: the .npz, or None for weights published as a TF-Hub module only.
+      url: the .npz, or None for weights published elsewhere only.
+      size: bytes of that .npz, or None where it is not known.
+      repository: the Hugging Face repository "owner/name", or None.
       handle: the TF-Hub handle with these outputs (logits, or features where
         there is no head), or None.
       feature_handle: the TF-Hub handle of the features, or None.
@@ -137,6 +141,8 @@ class Variant:
     preset: str | None
     numerics: str
     url: str | None
+    size: int | None
+    repository: str | None
     handle: str | None
     feature_handle: str | None
     citation: str
@@ -145,6 +151,13 @@ class Variant:
     def params(self) -> int:
         """Number of weights, the head included."""
         return ARCHITECTURES[self.architecture].count_params(self.num_classes)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Those of the files in the bucket: ".npz", perhaps also ".h5"."""
+        if self.url is None:
+            return ()
+        return (".npz", ".h5") if self.name.startswith("BiT-") else (".npz",)
 
 
 # Suffix of the file: (classes, side of the test pictures in pixels).
@@ -181,6 +194,15 @@ EXPERTS = (
 ).split()
 
 _ON_HUB = ("R50x1", "R50x3", "R101x1", "R101x3", "R152x4")
+# Bytes of BiT-M-*-ILSVRC2012.npz.
+_ILSVRC2012_SIZES = {
+    "R50x1": 102_242_668,
+    "R50x3": 869_321_580,
+    "R101x1": 178_256_468,
+    "R101x3": 1_551_830_100,
+    "R152x2": 945_476_668,
+    "R152x4": 3_746_270_104,
+}
 _PUBLISHED = tuple(name for name in ARCHITECTURES if name != "testing")
 
 
@@ -191,7 +213,9 @@ def _row(name: str, architecture: str, num_classes: int, **facts) -> Variant:
         "resolution": 224,
         "preset": "big_transfer eval",
         "numerics": "google",
-        "url": f"{_BUCKET}{name}.npz",
+        "url": f"{BUCKET}{name}.npz",
+        "size": None,
+        "repository": None,
         "handle": None,
         "feature_handle": None,
         "citation": BIT,
@@ -221,6 +245,7 @@ def _rows():
             arch,
             1000,
             resolution=480,
+            size=_ILSVRC2012_SIZES[arch],
             handle=module if arch in _ON_HUB else None,
         )
     for name, arch, classes, size, preset in (
@@ -264,6 +289,58 @@ def _rows():
             feature_handle=f"{_HUB}{path}/1",
             citation=EXPERT_MODELS,
         )
+    for arch in _PUBLISHED:
+        name = f"timm/resnetv2_{arch[1:]}_bit.goog_in21k"
+        wide = arch == "R152x4"
+        yield _ported(name, arch, 21843, 224, "timm in21k")
+        yield _ported(
+            f"{name}_ft_in1k",
+            arch,
+            1000,
+            480 if wide else 448,
+            "timm in1k 480" if wide else "timm in1k",
+        )
+    for name, arch, size, preset in (
+        ("50x1_bit.goog_distilled_in1k", "R50x1", 224, "timm distilled"),
+        (
+            "152x2_bit.goog_teacher_in21k_ft_in1k",
+            "R152x2",
+            224,
+            "timm distilled",
+        ),
+        (
+            "152x2_bit.goog_teacher_in21k_ft_in1k_384",
+            "R152x2",
+            384,
+            "timm teacher 384",
+        ),
+    ):
+        yield _ported(
+            f"timm/resnetv2_{name}", arch, 1000, size, preset, FUNMATCH
+        )
+    yield _ported("google/bit-50", "R50x1", 1000, 448, "hf bit-50")
+
+
+def _ported(
+    repository: str,
+    architecture: str,
+    num_classes: int,
+    resolution: int,
+    preset: str,
+    citation: str = BIT,
+) -> Variant:
+    """Weights in a Hugging Face repository, which all run timm's constants."""
+    return _row(
+        repository,
+        architecture,
+        num_classes,
+        resolution=resolution,
+        preset=preset,
+        numerics="timm",
+        url=None,
+        repository=repository,
+        citation=citation,
+    )
 
 
 @functools.cache
@@ -286,13 +363,20 @@ def list_models(pattern: str = "*") -> list[Variant]:
 
 
 def variant(name: str) -> Variant:
-    """The published weights of that name, with or without ".npz".
+    """The published weights of that name.
+
+    Args:
+      name: with or without the suffix of a file in the bucket, ".npz" or for
+        some ".h5".
 
     Raises:
       UnknownNameError: there are none; the message names near misses.
     """
-    key = name.removesuffix(".npz") if isinstance(name, str) else name
-    return errors.lookup(_table(), key, "Published weights")
+    stem, dot, suffix = str(name).rpartition(".")
+    row = _table().get(stem)
+    if row is not None and dot + suffix in row.suffixes:
+        return row
+    return errors.lookup(_table(), name, "Published weights")
 
 
 def architecture(name: str) -> Architecture:

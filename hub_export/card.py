@@ -8,10 +8,10 @@ import platform
 
 import bit_tf
 from bit_tf import variants
+from bit_tf.checkpoints.tf_hub import CARD_FILE
 
 __all__ = ["CARD_FILE", "PROVENANCE_FILE", "Card", "Provenance", "read", "save"]
 
-CARD_FILE = pathlib.PurePath("assets.extra", "card.json")
 PROVENANCE_FILE = pathlib.PurePath("assets.extra", "provenance.json")
 
 
@@ -31,6 +31,8 @@ class Card:
       labels: where the class names came from, or None.
       output_stride: of the last block.
       numerics: the constants inside (see variants.NUMERICS).
+      preset: how the weights' publisher prepared pictures (see
+        presets.Preset), or None if that is not known.
       citations: papers.
     """
 
@@ -45,6 +47,7 @@ class Card:
     labels: str | None
     output_stride: int
     numerics: dict
+    preset: dict | None = None
     citations: tuple[str, ...] = (variants.BIT,)
 
 
@@ -54,16 +57,25 @@ class Provenance:
 
     Attributes:
       source: the checkpoint file's name, or None for a model made in Python.
+      name: the published name that it was found by, or None.
+      numerics: the checkpoint's own constants, a name in variants.NUMERICS;
+        the card has those that the model computes with.
+      numerics_chosen: "source" for its own, or what was asked for instead.
       sha256: of that file.
       format: the reader that read it.
       extra_arrays: names of arrays in the file that are no part of BiT.
+      notes: what its reader found worth saying.
       versions: of the packages that wrote the SavedModel.
     """
 
     source: str | None = None
+    name: str | None = None
+    numerics: str | None = None
+    numerics_chosen: str | None = None
     sha256: str | None = None
     format: str | None = None
     extra_arrays: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -20,6 +20,7 @@ from bit_tf import (
     files,
     images,
     labels,
+    published,
     variants,
 )
 from hub_export import digits, random_weights, saved_model
@@ -33,7 +34,7 @@ TILE = 96
 def run(
     directory: pathlib.Path,
     *,
-    checkpoint: pathlib.Path | None = None,
+    checkpoint: str | pathlib.Path | None = None,
     random: str | None = None,
     photos: Sequence[str] = (),
     preset: str = "big_transfer eval",
@@ -43,7 +44,8 @@ def run(
 
     Args:
       directory: for the SavedModel and the picture; made if need be.
-      checkpoint: by default the package's own, trained on digits.
+      checkpoint: whatever bit_tf.load_model takes; by default the package's
+        own, trained on digits.
       random: an architecture: writes random weights for it, and uses them.
       photos: paths or URLs; by default the package's held-out digits.
       preset: how photos are resized, a name of images.PRESETS.
@@ -73,8 +75,10 @@ def run(
         with step(f"Write a random {random} checkpoint, {checkpoint}"):
             write_random_checkpoint(random, checkpoint)
     assert checkpoint is not None
-    with step(f"Read {checkpoint.name}"):
-        source = checkpoints.read(checkpoint)
+    with step(f"Read {checkpoint}"):
+        source = published.open_checkpoint(checkpoint)
+    for note in source.notes:
+        say(f"   {note}")
     row = variants.find_architecture(source.blocks, source.stem_width)
     say(
         f"   {row.name if row else 'an unpublished architecture'}, "

@@ -5,6 +5,7 @@ The interface is TF Hub's "reusable SavedModel": `__call__`, `variables`,
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -14,16 +15,17 @@ import keras
 import tensorflow as tf
 
 from bit_tf import (
-    checkpoints,
     errors,
     files,
     hub,
     labels,
     models,
+    presets,
+    published,
     variants,
 )
 from bit_tf.images import to_unit_range
-from hub_export import card, golden
+from hub_export import card, golden, sources
 
 __all__ = ["convert", "export"]
 
@@ -40,6 +42,7 @@ def export(
     class_labels: str | Sequence | None = "auto",
     probabilities: str | None = None,
     l2: float = 0.0,
+    preset: presets.Preset | None = None,
     provenance: card.Provenance | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -64,6 +67,7 @@ def export(
       probabilities: "softmax" or "sigmoid"; by default labels.activation.
       l2: factor of the sum of squares of every kernel, offered to those who
         fine-tune as `regularization_losses`; 0 offers none.
+      preset: how the weights' publisher prepared pictures, for the record.
       provenance: what is known of the weights' source.
       overwrite: replace an existing SavedModel or empty directory.
       verify: load back in a fresh process.
@@ -109,7 +113,7 @@ def export(
             labels.write_saved_model(classes, directory)
         golden.save(golden.make(model), directory)
         card.save(
-            _card(model, class_labels, classes, probabilities),
+            _card(model, class_labels, classes, probabilities, preset),
             provenance or card.Provenance(versions=card.versions()),
             directory,
         )
@@ -123,36 +127,49 @@ def convert(
     *,
     head: bool = True,
     numerics: str | None = None,
+    class_labels: str | Sequence | None = "auto",
     **options,
 ) -> dict:
-    """Checkpoint file → reusable SavedModel (see `export` for the rest).
+    """Checkpoint → reusable SavedModel (see `export` for the rest).
 
     Args:
-      source: any file that bit_tf.checkpoints reads.
+      source: whatever bit_tf.load_model takes.
       path: the directory to make.
       head: False publishes features.
       numerics: constants of a source instead of the checkpoint's own.
+      class_labels: as in `export`; "auto" takes the checkpoint's own first.
       **options: of `export`.
+
+    Returns:
+      The verification's report, and the checkpoint's: format, arrays,
+      extra_arrays, notes, numerics.
     """
-    overwrite = options.get("overwrite", False)
-    _check_target(path, overwrite)
-    inside = pathlib.Path(path).resolve()
-    if overwrite and inside in pathlib.Path(source).resolve().parents:
-        raise errors.ExportError(
-            "What is overwritten must not hold the checkpoint. Received: "
-            f"{os.fspath(source)!r} inside {os.fspath(path)!r}."
-        )
-    checkpoint = checkpoints.read(source)
-    model = models.load_model(source, head=head, numerics=numerics)
+    _check_target(path, options.get("overwrite", False))
+    checkpoint = published.open_checkpoint(source)
+    sources.require_apart(path, checkpoint.path)
+    model = models.from_checkpoint(checkpoint, head=head, numerics=numerics)
+    if isinstance(class_labels, str) and class_labels == "auto" and head:
+        class_labels = checkpoint.facts.labels or "auto"
     provenance = card.Provenance(
-        source=pathlib.Path(source).name,
+        source=checkpoint.path.name,
+        name=os.fspath(source) if not os.path.exists(source) else None,
         sha256=checkpoint.sha256(),
         format=checkpoint.format,
-        extra_arrays=tuple(checkpoint.extra),
+        numerics=checkpoint.facts.numerics,
+        numerics_chosen=numerics or "source",
+        extra_arrays=checkpoint.extra,
+        notes=checkpoint.notes,
         versions=card.versions(),
     )
-    report = export(model, path, provenance=provenance, **options)
-    return report | {"extra_arrays": list(checkpoint.extra)}
+    report = export(
+        model,
+        path,
+        class_labels=class_labels,
+        preset=checkpoint.facts.preset,
+        provenance=provenance,
+        **options,
+    )
+    return report | sources.describe(checkpoint, numerics)
 
 
 def _labels(class_labels, num_classes: int):
@@ -166,7 +183,7 @@ def _labels(class_labels, num_classes: int):
         raise errors.ExportError(str(error)) from error
 
 
-def _card(model, class_labels, classes, probabilities) -> card.Card:
+def _card(model, class_labels, classes, probabilities, preset) -> card.Card:
     known = variants.find_architecture(model.blocks, model.stem_width)
     constants = variants.NUMERICS[model.numerics]
     head = bool(model.num_classes)
@@ -191,6 +208,7 @@ def _card(model, class_labels, classes, probabilities) -> card.Card:
             "gn_epsilon": constants.gn_epsilon,
             "pool_border": str(constants.pool_border),
         },
+        preset=preset and dataclasses.asdict(preset),
     )
 
 

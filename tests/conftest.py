@@ -1,6 +1,7 @@
 """Fixtures: small checkpoints and exports, made once a session."""
 
 import os
+import sys
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -9,6 +10,16 @@ import helpers
 import numpy as np
 import pytest
 from PIL import Image
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Downloads of these tests are kept apart from the user's."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BIT_TF_CACHE", str(directory))
+        patch.setenv("HF_HOME", str(directory / "huggingface"))
+        yield directory
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +76,25 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command line: (exit code, stdout, stderr)."""
+
+    def run(program, *arguments):
+        from bit_tf import commands as bit_tf_commands
+        from hub_export import commands as hub_export_commands
+
+        main = {
+            "bit-tf": bit_tf_commands.main,
+            "hub-export": hub_export_commands.main,
+        }[program]
+        arguments = [program, *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run

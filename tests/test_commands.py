@@ -10,27 +10,6 @@ import numpy as np
 import pytest
 
 import bit_tf
-from bit_tf import commands as bit_tf_commands
-from hub_export import commands as hub_export_commands
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command line: (exit code, stdout, stderr)."""
-
-    def run(program, *arguments):
-        main = {
-            "bit-tf": bit_tf_commands.main,
-            "hub-export": hub_export_commands.main,
-        }[program]
-        arguments = [program, *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_models(call):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bit_tf import checkpoints, errors, files
-from bit_tf.checkpoints import checkpoint, google_npz, layout
+from bit_tf.checkpoints import checkpoint, facts, google_npz, layout
 
 TINY = (1, 1, 1, 1)
 GAMMA = "block2/unit01/b/group_norm/gamma"
@@ -88,7 +88,7 @@ def test_round_trip_is_bit_identical(tmp_path, num_classes):
 def test_attributes(path):
     read = checkpoints.read(str(path))
     assert (read.blocks, read.stem_width, read.num_classes) == (TINY, 32, 10)
-    assert (read.format, read.numerics, read.extra) == (
+    assert (read.format, read.facts.numerics, read.extra) == (
         "google_npz",
         "google",
         (),
@@ -353,8 +353,9 @@ def test_targets_that_cannot_be(tmp_path, arrays):
         google_npz.write(arrays, tmp_path / "none" / "a.npz")
     with pytest.raises(errors.CheckpointFormatError, match=r"\.npz"):
         checkpoints.write(arrays, tmp_path / "a.ckpt")
-    with pytest.raises(errors.CheckpointFormatError, match="extension"):
-        checkpoints.write(arrays, tmp_path / "a")
+    with pytest.raises(errors.CheckpointFormatError, match="ckpt"):
+        checkpoints.write(arrays, tmp_path / "a.npz", format="ckpt")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
@@ -490,11 +491,14 @@ def test_sniff(tmp_path, path):
 
 def test_unknown_files_say_what_was_tried(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("archive/data.pkl", b"")
-    with pytest.raises(
-        errors.CheckpointFormatError, match="google_npz: not a zip archive of"
-    ):
-        checkpoints.read(tmp_path / "a.npz")
+        archive.writestr("hello.txt", b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "hello.txt").write_bytes(b"hello")
+    for name in ("a.npz", "folder", "folder/hello.txt"):
+        with pytest.raises(errors.CheckpointFormatError) as raised:
+            checkpoints.read(tmp_path / name)
+        for reader in checkpoints._READERS:
+            assert f"\n{reader.NAME}: not " in str(raised.value)
 
 
 @pytest.mark.parametrize("read", [checkpoints.read, google_npz.read])
@@ -520,13 +524,21 @@ def test_other_readers_entries():
         for name, shape in shapes.items()
     }
     made = checkpoint.Checkpoint(
-        "a.safetensors", entries, format="timm", numerics="timm", extra=("x",)
+        "a.safetensors",
+        entries,
+        format="timm",
+        facts=facts.Facts("timm"),
+        extra=("x",),
     )
-    assert (made.format, made.numerics, made.extra) == ("timm", "timm", ("x",))
+    assert (made.format, made.facts.numerics, made.extra) == (
+        "timm",
+        "timm",
+        ("x",),
+    )
     assert same(made, {n: np.ones(s, "f4") for n, s in shapes.items()})
     entries[GAMMA] = ((64,), np.dtype("f4"), lambda: np.ones(65))
     made = checkpoint.Checkpoint(
-        "a.safetensors", entries, format="timm", numerics="timm"
+        "a.safetensors", entries, format="timm", facts=facts.Facts("timm")
     )
     with pytest.raises(errors.CheckpointFormatError, match=GAMMA):
         made[GAMMA]
@@ -534,7 +546,7 @@ def test_other_readers_entries():
     entries[KERNEL] = (shapes[KERNEL], np.dtype("O"), lambda: None)
     with pytest.raises(errors.CheckpointFormatError) as raised:
         checkpoint.Checkpoint(
-            "a.safetensors", entries, format="timm", numerics="timm"
+            "a.safetensors", entries, format="timm", facts=facts.Facts("timm")
         )
     assert GAMMA in str(raised.value)
     assert KERNEL in str(raised.value)

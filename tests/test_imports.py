@@ -20,16 +20,19 @@ LAYERS = """
     bit_tf/errors bit_tf/files
     bit_tf/handles bit_tf/variants bit_tf/labels bit_tf/hyperrule
         bit_tf/archive bit_tf/presets bit_tf/resampling bit_tf/download
+        bit_tf/cached_download
     bit_tf/checkpoints/*
+    bit_tf/hub
+    bit_tf/published
     bit_tf/images
     bit_tf/layers
     bit_tf/models
-    bit_tf/hub
+    bit_tf/folded
     bit_tf/embed bit_tf/classify bit_tf/data
     bit_tf/finetune bit_tf/evaluate bit_tf/vtab bit_tf/bulk bit_tf/index
     bit_tf/commands/*
     hub_export/golden hub_export/card hub_export/digits
-        hub_export/random_weights
+        hub_export/random_weights hub_export/sources
     hub_export/saved_model hub_export/formats
     hub_export/demo hub_export/repository hub_export/cache
     hub_export/server hub_export/stores/*

@@ -264,5 +264,5 @@ def test_errors(small):
         bit_tf.load_model("no such file.npz")
     with pytest.raises(errors.UnknownNameError, match="google"):
         bit_tf.create_model("testing", numerics="gogle")
-    with pytest.raises(errors.CheckpointError, match=r"bit_models/BiT-M-R50x1"):
-        bit_tf.load_model("BiT-M-R50x1")
+    with pytest.raises(errors.UnknownNameError, match="mean 'BiT-M-R50x1'"):
+        bit_tf.load_model("BiT-M-R50-x1")

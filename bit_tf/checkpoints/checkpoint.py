@@ -1,5 +1,6 @@
 """What every reader returns: a lazy, complete and consistent mapping."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -12,14 +13,19 @@ import numpy as np
 
 from bit_tf import errors
 from bit_tf.checkpoints import layout
+from bit_tf.checkpoints.facts import Facts
 
 __all__ = [
     "Checkpoint",
     "Entry",
     "REMEDY",
+    "Selection",
     "as_float32",
     "begins_like",
+    "checked_shapes",
     "require_file",
+    "require_place",
+    "take",
 ]
 
 REMEDY = "Download the file again and compare its size with the published one."
@@ -45,15 +51,17 @@ class Entry(NamedTuple):
       shape: in the canonical layout.
       dtype: as the file stores it, of any byte order.
       load: reads the array, of this shape and of a dtype that is a float.
+      source: its name, as the file spells it.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    source: str = ""
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """A checkpoint file: canonical name → float32 array, read when asked for.
+    """A checkpoint: canonical name → float32 array, read when asked for.
 
     Every access reads the file again and keeps nothing, so that a model of
     gigabytes needs the memory of its largest array. Names, shapes and dtypes
@@ -61,11 +69,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
     examined when they are read.
 
     Attributes:
-      path: the file.
+      path: the file, or the directory of a format that is one.
       format: the reader's name, such as "google_npz".
-      numerics: whose epsilons and padding the weights need, such as "google".
+      facts: whose constants the weights need, how pictures were prepared,
+        class names.
+      notes: what a user should know: skipped parts, layouts that are inferred,
+        constants that are assumed.
       shapes: canonical name → shape, in the mapping's order (sorted).
       dtypes: canonical name → dtype in the file. The arrays are float32.
+      sources: canonical name → name as the file spells it.
       extra: names in the file that are no part of the layout, as the file
         spells them. They are not in the mapping.
       blocks: units in each of the four blocks, such as (3, 4, 6, 3).
@@ -79,8 +91,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
         entries: Mapping[str, Entry],
         *,
         format: str,
-        numerics: str,
+        facts: Facts,
         extra: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+        spell: Callable[[str], str] = str,
     ):
         """Checks the names, shapes and dtypes of all arrays.
 
@@ -88,17 +102,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
           path: the file, for messages and `sha256`.
           entries: canonical name → what `Entry` says.
           format: the reader's name.
-          numerics: the name of the source's numerics constants.
-          extra: names in the file that are no part of the layout.
+          facts, extra, notes: see the attributes.
+          spell: canonical name → the name that the file should have for it.
 
         Raises:
           CheckpointMismatchError: names or shapes are not those of a
             BiT-ResNet, with every difference.
-          CheckpointFormatError: an array is not of a float dtype.
+          CheckpointFormatError: an array is not of a float dtype, or labels
+            do not fit.
         """
         self.path = Path(path)
         self.format = format
-        self.numerics = numerics
+        self.facts = facts
+        self.notes = tuple(notes)
         self.extra = tuple(extra)
         self._entries = {
             name: Entry(*entry) for name, entry in sorted(entries.items())
@@ -109,9 +125,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self.dtypes: Mapping[str, np.dtype] = MappingProxyType(
             {name: entry.dtype for name, entry in self._entries.items()}
         )
+        self.sources: Mapping[str, str] = MappingProxyType(
+            {name: entry.source for name, entry in self._entries.items()}
+        )
         self._sha256: str | None = None
         problems = [
-            _dtype_problem(name, dtype)
+            _dtype_problem(self._shown(name), dtype)
             for name, dtype in self.dtypes.items()
             if not _is_float(dtype)
         ]
@@ -127,6 +146,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 layout.expected_shapes(
                     detected.blocks, detected.stem_width, detected.num_classes
                 ),
+                spell=spell,
             )
         except errors.CheckpointMismatchError as error:
             raise errors.CheckpointMismatchError(
@@ -135,6 +155,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self.blocks = detected.blocks
         self.stem_width = detected.stem_width
         self.num_classes = detected.num_classes
+        labels = facts.labels
+        if labels is not None and len(labels) != self.num_classes:
+            raise errors.CheckpointFormatError(
+                f"{self.path}: labels name each class. Received: "
+                f"{len(labels)} labels for {self.num_classes} classes. Correct "
+                "or remove them."
+            )
+
+    def _shown(self, name: str) -> str:
+        source = self.sources[name]
+        if source in ("", name):
+            return layout.printable(name)
+        return f"{name} ({layout.printable(source)})"
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one array.
@@ -147,19 +180,32 @@ class Checkpoint(Mapping[str, np.ndarray]):
           CheckpointFormatError: the file is damaged there, or the array holds
             NaN, infinity, or values that float32 cannot hold.
         """
-        entry = self._entries[name]
-        array = entry.load()
-        if array.shape != entry.shape:
-            raise errors.CheckpointFormatError(
-                f"{self.path}: {name} must have shape {entry.shape}. "
-                f"Received: {array.shape}. {REMEDY}"
-            )
+        array = self.stored(name)
         try:
-            return as_float32(name, array)
+            return as_float32(self._shown(name), array)
         except errors.CheckpointFormatError as error:
             raise errors.CheckpointFormatError(
                 f"{self.path}: {error} {REMEDY}"
             ) from None
+
+    def stored(self, name: str) -> np.ndarray:
+        """Reads one array as the file stores it, in the canonical layout.
+
+        Returns:
+          An array of the file's dtype, whatever values it holds.
+
+        Raises:
+          KeyError: no array of the layout has this name.
+          CheckpointFormatError: the file is damaged there.
+        """
+        entry = self._entries[name]
+        array = entry.load()
+        if array.shape != entry.shape:
+            raise errors.CheckpointFormatError(
+                f"{self.path}: {self._shown(name)} must have shape "
+                f"{entry.shape}. Received: {array.shape}. {REMEDY}"
+            )
+        return array
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -184,11 +230,78 @@ class Checkpoint(Mapping[str, np.ndarray]):
         )
 
     def sha256(self) -> str:
-        """Gives the file's SHA-256 in hexadecimal, computed once."""
+        """Gives the file's SHA-256 in hexadecimal, computed once.
+
+        A directory's is that of the lines "SHA-256, two spaces, path" of its
+        files, as sha256sum prints them, in the order of their paths.
+        """
         if self._sha256 is None:
-            with open(self.path, "rb") as file:
-                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if self.path.is_dir():
+                lines = [
+                    f"{_sha256(file)}  {file.relative_to(self.path)}\n"
+                    for file in sorted(self.path.rglob("*"))
+                    if file.is_file()
+                ]
+                text = "".join(lines).encode()
+                self._sha256 = hashlib.sha256(text).hexdigest()
+            else:
+                self._sha256 = _sha256(self.path)
         return self._sha256
+
+
+class Selection(Mapping[str, np.ndarray]):
+    """The arrays of another mapping, with facts of their own.
+
+    Args:
+      arrays: canonical name → array; if it has an attribute `shapes`, no array
+        is made to learn its shape.
+      facts: what is said of these arrays.
+      head: False leaves the classifier out, and its labels.
+
+    Attributes:
+      shapes: canonical name → shape.
+      facts: what is said of the arrays.
+      config: the Keras configuration of the model they come from, or None.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        facts: Facts,
+        *,
+        head: bool = True,
+    ):
+        shapes = getattr(arrays, "shapes", None)
+        if shapes is None:
+            shapes = {name: np.shape(arrays[name]) for name in arrays}
+        self.shapes = {
+            name: tuple(shape)
+            for name, shape in shapes.items()
+            if head or name not in (layout.HEAD_KERNEL, layout.HEAD_BIAS)
+        }
+        self.facts = facts
+        self.config = getattr(arrays, "config", None)
+        if not head:
+            self.facts = dataclasses.replace(facts, labels=None)
+            if self.config is not None:
+                self.config = {**self.config, "num_classes": 0}
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_float32(name: str, array: np.ndarray) -> np.ndarray:
@@ -196,8 +309,8 @@ def as_float32(name: str, array: np.ndarray) -> np.ndarray:
 
     Args:
       name: the array's canonical name, for messages.
-      array: float16, float32 or float64, of any byte and memory order. It is
-        returned as it is if nothing has to change.
+      array: bfloat16, float16, float32 or float64, of any byte and memory
+        order. It is returned as it is if nothing has to change.
 
     Raises:
       CheckpointFormatError: another dtype, or a value that is not finite in
@@ -242,8 +355,67 @@ def require_file(path: Path) -> None:
         kind = "a directory" if path.is_dir() else "a device or a pipe"
         raise errors.CheckpointFormatError(
             f"{path}: a checkpoint is a file. Received: {kind}. Give the path "
-            "of the file itself; a SavedModel is loaded with bit_tf.hub.load."
+            "of the file itself."
         )
+
+
+def require_place(path: Path) -> None:
+    """Refuses to write a file where none can be.
+
+    Raises:
+      IsADirectoryError, FileNotFoundError: with the remedy.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; give a file's path.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path.parent} is not a directory; make it before writing "
+            f"{path.name}."
+        )
+
+
+def checked_shapes(
+    arrays: Mapping[str, np.ndarray],
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays to write, compared with the layout, and sorted.
+
+    Args:
+      arrays: canonical name → array. If it has an attribute `shapes`, no array
+        is made to learn its shape.
+
+    Raises:
+      CheckpointMismatchError: names or shapes are not those of a BiT-ResNet.
+    """
+    shapes = getattr(arrays, "shapes", None)
+    if shapes is None:
+        shapes = {name: np.shape(arrays[name]) for name in arrays}
+    shapes = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
+    detected = layout.detect(shapes)
+    layout.check(
+        shapes,
+        layout.expected_shapes(
+            detected.blocks, detected.stem_width, detected.num_classes
+        ),
+    )
+    return dict(sorted(shapes.items()))
+
+
+def take(
+    arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """One array to write: float32, finite, and of the promised shape.
+
+    Raises:
+      CheckpointMismatchError: it has another shape.
+      CheckpointFormatError: it is not float, or holds NaN or infinity.
+    """
+    array = np.asarray(arrays[name])
+    if array.shape != shape:
+        raise errors.CheckpointMismatchError(
+            f"{name} must have the shape that was promised, {shape}. "
+            f"Received: {array.shape}."
+        )
+    return as_float32(name, array)
 
 
 def begins_like(path: str | os.PathLike[str]) -> str:
@@ -263,11 +435,11 @@ def begins_like(path: str | os.PathLike[str]) -> str:
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" and dtype.itemsize in (2, 4, 8)
+    return dtype.name in ("bfloat16", "float16", "float32", "float64")
 
 
-def _dtype_problem(name: str, dtype: np.dtype) -> str:
-    return f"Received: {layout.printable(name)} of dtype {dtype}."
+def _dtype_problem(shown: str, dtype: np.dtype) -> str:
+    return f"Received: {shown} of dtype {dtype}."
 
 
 def _listed(extra: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ Source: google-research/big_transfer, bit_pytorch/models.py.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from bit_tf import errors
@@ -240,6 +240,7 @@ def check(
     expected: Mapping[str, Shape],
     *,
     allow_extra: bool = False,
+    spell: Callable[[str], str] = str,
 ) -> tuple[str, ...]:
     """Compares names and shapes strictly.
 
@@ -247,6 +248,7 @@ def check(
       shapes: name → shape, as received.
       expected: name → shape, as it must be.
       allow_extra: accept names that are not expected.
+      spell: canonical name → the name in the file, shown beside it.
 
     Returns:
       The names that are not expected, sorted; empty unless allow_extra.
@@ -267,6 +269,8 @@ def check(
     lines = []
     for name in sorted(missing | wrong | set(extra)):
         shown = printable(name)
+        if spell(name) != name:
+            shown += f" ({printable(spell(name))})"
         if name in missing:
             lines.append(f"− {shown} {tuple(expected[name])}")
         elif name in wrong:

@@ -1,6 +1,6 @@
 """The command `bit-tf`: one module a sub-command, each with `register`."""
 
-from bit_tf.commands import classify, embed, models, program
+from bit_tf.commands import classify, embed, inspect, models, program
 
 __all__ = ["main"]
 
@@ -9,6 +9,6 @@ def main() -> None:
     """Runs `bit-tf`."""
     program.run(
         "bit-tf",
-        "Use BiT models: list, embed, classify.",
-        (models, embed, classify),
+        "Use BiT models: list, inspect, embed, classify.",
+        (models, inspect, embed, classify),
     )

@@ -35,7 +35,7 @@ def run(args) -> int:
             )
         )
         return 0
-    table = [("NAME", "FEATURES", "CLASSES", "PARAMS", "PIXELS", "HANDLE")]
+    table = [("NAME", "FEATURES", "CLASSES", "PARAMS", "PIXELS", "WHERE")]
     for row in rows:
         table.append(
             (
@@ -44,7 +44,7 @@ def run(args) -> int:
                 str(row.num_classes or "-"),
                 f"{row.params / 1e6:.1f}M",
                 str(row.resolution),
-                row.handle or row.feature_handle or "-",
+                row.handle or row.feature_handle or row.repository or "-",
             )
         )
     widths = [max(len(line[i]) for line in table) for i in range(5)]

@@ -16,9 +16,9 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 import bit_tf
-from bit_tf import errors
+from bit_tf import archive, errors
 
-__all__ = ["positive", "quiet_tensorflow", "run"]
+__all__ = ["expect_tensorflow", "positive", "quiet_tensorflow", "run"]
 
 
 def run(
@@ -83,6 +83,15 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return number
+
+
+def expect_tensorflow(source: str) -> None:
+    """Calls `quiet_tensorflow` if reading the source may need TensorFlow.
+
+    A checkpoint that is one file does not, unless it is a SavedModel's archive.
+    """
+    if not os.path.isfile(source) or archive.is_archive(source):
+        quiet_tensorflow()
 
 
 def quiet_tensorflow() -> None:

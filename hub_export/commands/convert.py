@@ -1,4 +1,4 @@
-"""`hub-export convert`: checkpoint → SavedModel."""
+"""`hub-export convert`: checkpoint → SavedModel, or another format."""
 
 import json
 import pathlib
@@ -9,22 +9,35 @@ from bit_tf.commands import program
 
 __all__ = ["register"]
 
+# The same as hub_export.formats.FORMATS, which would load NumPy for --help.
+TO = ("savedmodel", "npz", "timm", "transformers", "keras", "keras-folded")
+
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "convert",
-        help="checkpoint to SavedModel",
+        help="checkpoint to SavedModel or another format",
         description="Converts a checkpoint, in any format that is read, into a "
-        "SavedModel for hub.load, hub.KerasLayer and TF Serving. The result is "
-        "loaded back in a fresh process and checked before it appears.",
+        "SavedModel for hub.load, hub.KerasLayer and TF Serving, or into "
+        "another checkpoint format. The result is loaded back and checked "
+        "before it appears, a SavedModel in a fresh process.",
     )
-    parser.add_argument("source", metavar="IN", help="the checkpoint")
-    parser.add_argument("path", metavar="OUT", help="the directory to make")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        help="the checkpoint: a path, a published name such as BiT-M-R50x1 or "
+        "google/bit-50, hf://owner/name, or a URL",
+    )
+    parser.add_argument(
+        "path", metavar="OUT", help="the directory or file to make"
+    )
     parser.add_argument(
         "--to",
-        choices=["savedmodel"],
+        choices=TO,
         default="savedmodel",
-        help="the format (default: %(default)s)",
+        help="npz is Google's; timm one .safetensors file; transformers a "
+        "Hugging Face directory; keras this package's model; keras-folded a "
+        "model of Keras' own layers (default: %(default)s)",
     )
     parser.add_argument(
         "--head",
@@ -42,14 +55,15 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--probabilities",
         choices=["softmax", "sigmoid"],
-        help="default: sigmoid for 21843 classes, else softmax",
+        help="of a SavedModel (default: sigmoid for 21843 classes, else "
+        "softmax)",
     )
     parser.add_argument(
         "--l2",
         type=float,
         default=0.0,
-        help="factor of the kernels' squares in regularization_losses "
-        "(default: none)",
+        help="factor of the kernels' squares in a SavedModel's "
+        "regularization_losses (default: none)",
     )
     parser.add_argument(
         "--numerics",
@@ -66,9 +80,12 @@ def register(subparsers) -> None:
 
 
 def run(args) -> int:
-    program.quiet_tensorflow()
+    if args.to in ("savedmodel", "keras-folded"):
+        program.quiet_tensorflow()
+    else:
+        program.expect_tensorflow(args.source)
     from bit_tf import labels
-    from hub_export import saved_model
+    from hub_export import formats
 
     class_labels = args.labels
     if class_labels == "none":
@@ -83,16 +100,26 @@ def run(args) -> int:
             ) from error
         class_labels = labels.parse(text)
     print(f"Converting {args.source} …", file=sys.stderr)
-    report = saved_model.convert(
-        args.source,
-        args.path,
-        head=args.head == "keep",
-        numerics=None if args.numerics == "source" else args.numerics,
-        class_labels=class_labels,
-        probabilities=args.probabilities,
-        l2=args.l2,
-        overwrite=args.overwrite,
-    )
+    options = {
+        "head": args.head == "keep",
+        "numerics": None if args.numerics == "source" else args.numerics,
+        "class_labels": class_labels,
+        "overwrite": args.overwrite,
+    }
+    if args.to == formats.SAVED_MODEL:
+        from hub_export import saved_model
+
+        report = saved_model.convert(
+            args.source,
+            args.path,
+            probabilities=args.probabilities,
+            l2=args.l2,
+            **options,
+        )
+    else:
+        report = formats.convert(args.source, args.path, args.to, **options)
+    for note in report["notes"]:
+        print(f"Note: {note}", file=sys.stderr)
     if report["extra_arrays"]:
         print(
             "No part of BiT, and not used: "
@@ -103,8 +130,15 @@ def run(args) -> int:
         print(json.dumps({"path": args.path, **report}))
     else:
         print(
-            f"{args.path}: {report['variables']} variables, signatures "
-            f"{', '.join(report['signatures'])}; loaded back in a fresh "
-            f"process: relative error {report['relative_error']:.1e}"
+            f"Read as {report['format']}: {report['arrays']} arrays, each used "
+            f"once; constants of {report['numerics']}."
         )
+        if args.to == formats.SAVED_MODEL:
+            print(
+                f"{args.path}: {report['variables']} variables, signatures "
+                f"{', '.join(report['signatures'])}; loaded back in a fresh "
+                f"process: relative error {report['relative_error']:.1e}"
+            )
+        else:
+            print(f"{args.path}: {args.to}, {report['bytes']} bytes, read back")
     return 0

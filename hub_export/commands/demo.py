@@ -19,7 +19,9 @@ def register(subparsers) -> None:
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "checkpoint", nargs="?", type=pathlib.Path, help="a checkpoint file"
+        "checkpoint",
+        nargs="?",
+        help="a checkpoint file, or a published name such as BiT-M-R50x1",
     )
     weights.add_argument(
         "--random",

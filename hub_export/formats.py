@@ -1,0 +1,114 @@
+"""Checkpoint → any format that is written: what `convert --to` names."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+from bit_tf import checkpoints, errors, labels, published
+from hub_export import sources
+
+__all__ = ["FORMATS", "convert"]
+
+SAVED_MODEL = "savedmodel"
+FOLDED = "keras-folded"
+FORMATS = (SAVED_MODEL, *checkpoints.FORMATS, FOLDED)
+
+
+def convert(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    to: str,
+    *,
+    head: bool = True,
+    numerics: str | None = None,
+    class_labels: str | Sequence | None = "auto",
+    overwrite: bool = False,
+) -> dict:
+    """Writes a checkpoint in another format, read back and checked.
+
+    Args:
+      source: whatever bit_tf.load_model takes.
+      path: the file to write; a directory for "transformers".
+      to: a name of `checkpoints.FORMATS`, whose arrays go through one at a
+        time; or "keras-folded", a .keras of Keras' own layers.
+      head: False leaves the classifier out.
+      numerics: constants of a source instead of the checkpoint's own.
+      class_labels: one name a class; or "ilsvrc2012", "imagenet21k"; or "auto",
+        the checkpoint's own, else the set whose number of classes fits; or
+        None.
+      overwrite: replace an existing file, or directory of the same format.
+
+    Returns:
+      What `sources.describe` reports, and bytes: what was written.
+
+    Raises:
+      ExportError: `path` exists, or could not be written.
+      CheckpointError: the source cannot be used.
+      VerificationError: a folded model does not give the model's values.
+    """
+    target = pathlib.Path(path)
+    if to not in FORMATS or to == SAVED_MODEL:
+        raise errors.ExportError(
+            f"Formats are {', '.join(FORMATS[1:])}. Received: {to!r}."
+        )
+    if os.path.lexists(target) and not overwrite:
+        raise errors.ExportError(
+            f"Nothing is written over unless asked. {str(target)!r} exists; "
+            "choose another, or pass overwrite=True (--overwrite)."
+        )
+    checkpoint = published.open_checkpoint(source)
+    sources.require_apart(path, checkpoint.path)
+    facts = dataclasses.replace(
+        checkpoint.facts,
+        numerics=numerics or checkpoint.facts.numerics,
+        labels=_labels(checkpoint, class_labels, to) if head else None,
+    )
+    try:
+        if to == FOLDED:
+            from bit_tf import folded, models
+
+            model = models.from_checkpoint(
+                checkpoint, head=head, numerics=facts.numerics
+            )
+            folded.write(model, target, facts=facts)
+        else:
+            checkpoints.write(
+                checkpoints.Selection(checkpoint, facts, head=head),
+                target,
+                format=to,
+            )
+    except OSError as error:
+        if isinstance(error, errors.BitTfError):
+            raise
+        raise errors.ExportError(
+            f"{str(target)!r} could not be written: {error}. No part of it "
+            "was left behind; check the path, its permissions and the free "
+            "space."
+        ) from error
+    return {
+        "bytes": _size(target),
+        **sources.describe(checkpoint, numerics),
+    }
+
+
+def _labels(checkpoint: checkpoints.Checkpoint, class_labels, to: str):
+    if isinstance(class_labels, str) and class_labels == "auto":
+        class_labels = checkpoint.facts.labels
+        # Hugging Face's is the only format that needs a name for each class.
+        if class_labels is None and to == "transformers":
+            class_labels = labels.of_count(checkpoint.num_classes)
+    if class_labels is None or not checkpoint.num_classes:
+        return None
+    if isinstance(class_labels, str):
+        class_labels = labels.label_set(class_labels)
+    try:
+        return labels.check(class_labels, checkpoint.num_classes)
+    except (TypeError, ValueError) as error:
+        raise errors.ExportError(str(error)) from error
+
+
+def _size(path: pathlib.Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir())
+    return path.stat().st_size

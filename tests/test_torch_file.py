@@ -1,0 +1,408 @@
+"""PyTorch's pickled files, written by torch; hostile ones by hand."""
+
+import importlib.util
+import os
+import pickle
+import sys
+import types
+import zipfile
+
+import helpers
+import numpy as np
+import pytest
+
+from bit_tf import errors
+from bit_tf.checkpoints import pytorch, rename, torch_file
+
+with_torch = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not importlib.util.find_spec("torch"),
+        reason="needs torch: "
+        "pip install -c constraints.txt '.[oracle]', then pytest -m slow",
+    ),
+    pytest.mark.filterwarnings("ignore"),
+]
+MAGIC = 0x1950A86A20F9469CFC6C
+NAMES = ("zip", "legacy")
+
+
+def needs_torch(function):
+    for mark in with_torch:
+        function = mark(function)
+    return function
+
+
+def save(value, path, kind="zip"):
+    import torch
+
+    torch.save(value, path, _use_new_zipfile_serialization=kind == "zip")
+    return path
+
+
+def small():
+    import torch
+
+    return {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.arange(6.0).reshape(2, 3).T,
+        "h": torch.tensor([1.5, -2.5]).half(),
+        "bf": torch.tensor([[1.5], [-2.5]]).bfloat16().T,
+        "d": torch.tensor(7.0, dtype=torch.float64),
+        "i": torch.tensor([3]),
+        "p": torch.nn.Parameter(torch.ones(2)),
+    }
+
+
+def state_dict(scheme, arrays):
+    """Weights as torch tensors, under a source's names."""
+    import torch
+
+    return {
+        scheme.spell(name): torch.from_numpy(scheme.encode(name, array).copy())
+        for name, array in arrays.items()
+    }
+
+
+class Evil:
+    """Runs a command when it is unpickled by pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def evil(path, kind, target, wrap=lambda value: value):
+    """A file of torch's form whose pickle would make a file at target."""
+    text = pickle.dumps(wrap(Evil(target)), protocol=2)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", text)
+            archive.writestr("archive/version", "3\n")
+            archive.writestr("archive/byteorder", "little")
+    else:
+        head = [MAGIC, 1001, {"little_endian": True}]
+        path.write_bytes(
+            b"".join(pickle.dumps(value, protocol=2) for value in head)
+            + text
+            + pickle.dumps([], protocol=2)
+        )
+    return path
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_sniff_needs_no_torch(tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = evil(tmp_path / "x.bin", kind, tmp_path / "made")
+    assert torch_file.sniff(path)
+    assert pytorch.sniff(path)
+    with pytest.raises(errors.MissingExtraError, match=r"bit-tf\[torch\]") as e:
+        torch_file.tensors(path)
+    assert "safetensors file of the same weights needs no torch" in str(e.value)
+    raw = path.read_bytes()
+    for cut in range(0, len(raw) - 1, max(1, len(raw) // 40)):
+        path.write_bytes(raw[:cut])
+        assert torch_file.sniff(path) == (kind == "legacy" and cut >= 15)
+
+
+def test_garbage_is_not_sniffed(tmp_path):
+    path = tmp_path / "x"
+    for raw in (
+        b"",
+        b"\x80\x02}.",
+        b"PK\x03\x04",
+        b"PK\x03\x04" + bytes(100),
+        *(np.random.default_rng(seed).bytes(200) for seed in range(30)),
+    ):
+        path.write_bytes(raw)
+        assert not torch_file.sniff(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/xdata.pkl", b"")
+        archive.writestr("a.npy", b"")
+    assert not torch_file.sniff(path)
+    assert not torch_file.sniff(tmp_path)
+    assert not torch_file.sniff(tmp_path / "none")
+    assert not torch_file.sniff("\0")
+
+
+@pytest.mark.parametrize("version", ["2.5.1+cpu", "1.13", "0.4.1", "?"])
+def test_an_unsafe_torch_is_not_used(tmp_path, monkeypatch, version):
+    fake = types.ModuleType("torch")
+    fake.__version__ = version
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    path = evil(tmp_path / "x.bin", "zip", tmp_path / "made")
+    with pytest.raises(errors.MissingExtraError, match=r"torch 2\.6 or later"):
+        torch_file.tensors(path)
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+def test_tensors(tmp_path, kind):
+    import ml_dtypes
+
+    path = save(small() | {"step": 7}, tmp_path / "x.pth", kind)
+    assert torch_file.sniff(path)
+    opened = torch_file.tensors(path)
+    assert opened.extra == ("step",)
+    assert opened.notes == ()
+    expected = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "h": np.float16([1.5, -2.5]),
+        "bf": np.array([[1.5, -2.5]], ml_dtypes.bfloat16),
+        "d": np.array(7.0),
+        "i": np.array([3]),
+        "p": np.ones(2, np.float32),
+    }
+    assert opened.entries.keys() == expected.keys()
+    for name, array in expected.items():
+        entry = opened.entries[name]
+        assert (entry.shape, entry.dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(entry.load(), array, strict=True)
+        loaded = entry.load()
+        loaded[...] = 0
+        np.testing.assert_array_equal(entry.load(), array)
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: {"state_dict": v}])
+def test_nothing_in_a_pickle_is_executed(tmp_path, kind, wrap):
+    target = tmp_path / "made"
+    path = evil(tmp_path / "x.bin", kind, target, wrap)
+    with pytest.raises(
+        errors.CheckpointFormatError, match="Nothing of it was executed"
+    ) as caught:
+        torch_file.tensors(path)
+    assert "system" in str(caught.value)
+    assert "safetensors" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert not target.exists()
+    with pytest.raises(errors.CheckpointFormatError):
+        pytorch.read(path)
+    assert not target.exists()
+    # The test's own weapon works.
+    pickle.loads(pickle.dumps(Evil(target)))
+    assert target.exists()
+
+
+def test_a_plain_pickle_is_refused_unopened(tmp_path):
+    target = tmp_path / "made"
+    path = tmp_path / "x.bin"
+    path.write_bytes(pickle.dumps(Evil(target)))
+    assert not pytorch.sniff(path)
+    with pytest.raises(errors.CheckpointFormatError, match="a Python pickle"):
+        pytorch.read(path)
+    assert not target.exists()
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+def test_refused_tensors_are_named(tmp_path, kind):
+    import torch
+
+    refused = {
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.empty(2, device="meta"),
+        "stretched": torch.zeros(1).expand(2**40),
+    }
+    path = save(small() | refused, tmp_path / "x.bin", kind)
+    with pytest.raises(errors.CheckpointFormatError) as caught:
+        torch_file.tensors(path)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == list(refused)
+
+
+@needs_torch
+@pytest.mark.parametrize("value", [7, [1], None])
+def test_no_dict(tmp_path, value):
+    path = save(value, tmp_path / "x.bin")
+    with pytest.raises(errors.CheckpointFormatError, match="dict of tensors"):
+        torch_file.tensors(path)
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "state_dict_ema"])
+def test_wrapped_state_dicts(tmp_path, kind, wrapper):
+    import torch
+
+    value = {
+        "epoch": 3,
+        wrapper: small(),
+        "optimizer": {"state": {0: {"m": torch.ones(2), "v": [torch.ones(1)]}}},
+    }
+    opened = torch_file.tensors(save(value, tmp_path / "x.bin", kind))
+    assert opened.entries.keys() == small().keys()
+    assert opened.extra == ("epoch",)
+    assert opened.notes == (
+        f"The weights are the file's {wrapper!r}.",
+        "skipped optimizer state: optimizer (2 arrays)",
+    )
+
+
+@needs_torch
+def test_of_two_state_dicts_one_is_read_and_both_are_named(tmp_path):
+    import torch
+
+    value = {"state_dict_ema": small(), "state_dict": {"x": torch.ones(1)}}
+    opened = torch_file.tensors(save(value, tmp_path / "x.bin"))
+    assert opened.entries.keys() == {"x"}
+    assert opened.notes == (
+        "The weights are the file's 'state_dict'.",
+        "Not read: 'state_dict_ema'.",
+    )
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+def test_truncated_and_damaged_files(tmp_path, kind):
+    path = save(small(), tmp_path / "x.bin", kind)
+    raw = path.read_bytes()
+    for cut in range(0, len(raw) - 1, len(raw) // 40):
+        path.write_bytes(raw[:cut])
+        with pytest.raises(errors.BitTfError):
+            pytorch.read(path)
+        with pytest.raises(errors.CheckpointFormatError):
+            torch_file.tensors(path)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        damaged = bytearray(raw)
+        for place in rng.integers(len(raw), size=3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            for entry in torch_file.tensors(path).entries.values():
+                entry.load()
+        except errors.CheckpointFormatError:
+            pass
+
+
+@needs_torch
+def test_compressed_archives_are_refused(tmp_path):
+    path = save(small(), tmp_path / "x.bin")
+    with (
+        zipfile.ZipFile(path) as old,
+        zipfile.ZipFile(tmp_path / "y.bin", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(errors.CheckpointFormatError, match="compressed"):
+        torch_file.tensors(tmp_path / "y.bin")
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_file_that_shrinks_is_an_error_and_not_a_crash(tmp_path, kind):
+    import torch
+
+    path = save({"w": torch.ones(100_000)}, tmp_path / "x.bin", kind)
+    load = torch_file.tensors(path).entries["w"].load
+    assert load().sum() == 100_000
+    os.truncate(path, 100)
+    with pytest.raises(errors.CheckpointFormatError, match="w cannot be read"):
+        load()
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
+@pytest.mark.parametrize(
+    "scheme",
+    [rename.TIMM, rename.TRANSFORMERS, rename.TRANSFORMERS_BARE],
+    ids=["timm", "transformers", "bare"],
+)
+def test_weights_are_bit_identical(tmp_path, kind, prefix, wrapper, scheme):
+    classes = 0 if scheme is rename.TRANSFORMERS_BARE else 10
+    arrays = helpers.random_arrays((1, 1, 1, 1), 32, classes)
+    value = {
+        prefix + name: tensor
+        for name, tensor in state_dict(scheme, arrays).items()
+    }
+    if wrapper:
+        value = {wrapper: value}
+    found = pytorch.read(save(value, tmp_path / "x.bin", kind))
+    assert found.format == scheme.name
+    assert found.extra == ()
+    assert found.facts.numerics == "timm"
+    assert list(found) == sorted(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+        assert found.sources[name] == prefix + scheme.spell(name)
+
+
+@needs_torch
+def test_mutations_are_named(tmp_path):
+    import torch
+
+    arrays = helpers.random_arrays((1, 1, 1, 1), 32, 10)
+    name = "stages.2.blocks.0.conv2.weight"
+    canonical = "block3/unit01/b/standardized_conv2d/kernel"
+    whole = state_dict(rename.TIMM, arrays)
+    for change, where in (
+        (lambda t: t.permute(2, 3, 1, 0), canonical),
+        (lambda t: t[:-1], canonical),
+        (lambda t: t.int(), name),
+        (lambda t: t.to_sparse(), name),
+        (lambda t: t.to(torch.complex64), name),
+        (lambda t: None, canonical),
+    ):
+        path = save(
+            {**whole, "module": 1, name: change(whole[name])},
+            tmp_path / "x.bin",
+        )
+        with pytest.raises(errors.CheckpointError, match=where):
+            pytorch.read(path)
+    broken = whole[name].clone()
+    broken[1, 2, 0, 1] = float("nan")
+    found = pytorch.read(save({**whole, name: broken}, tmp_path / "x.bin"))
+    with pytest.raises(errors.CheckpointFormatError, match=name):
+        found[canonical]
+
+
+@needs_torch
+def test_bfloat16_weights(tmp_path):
+    arrays = helpers.random_arrays((1, 1, 1, 1), 32, 10)
+    value = {
+        name: tensor.bfloat16()
+        for name, tensor in state_dict(rename.TIMM, arrays).items()
+    }
+    found = pytorch.read(save(value, tmp_path / "x.bin"))
+    for name, tensor in value.items():
+        canonical = rename.TIMM.canonical(name)
+        assert found.dtypes[canonical].name == "bfloat16"
+        np.testing.assert_array_equal(
+            found[canonical],
+            rename.TIMM.decode(canonical, tensor.float().numpy()),
+            strict=True,
+        )
+
+
+@needs_torch
+def test_shards(tmp_path):
+    import json
+
+    arrays = helpers.random_arrays((1, 1, 1, 1), 32, 10)
+    value = state_dict(rename.TRANSFORMERS, arrays)
+    names = sorted(value)
+    parts = {"a.bin": names[:9], "b.bin": names[9:]}
+    for file, part in parts.items():
+        save({name: value[name] for name in part}, tmp_path / file)
+    where = {name: file for file, part in parts.items() for name in part}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    for path in (tmp_path, index):
+        assert pytorch.sniff(path)
+        found = pytorch.read(path)
+        assert found.path == tmp_path
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+    where["bit.norm.weight"] = "a.bin"
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(
+        errors.CheckpointFormatError, match=r"bit\.norm\.weight"
+    ):
+        pytorch.read(tmp_path)
