@@ -74,7 +74,8 @@ def measure(
     demo.write_random_checkpoint(architecture, source, classes)
     try:
         for number, name in enumerate(to):
-            target = directory / f"RANDOM-{architecture}-{number}-{name}"
+            suffix = ".keras" if name.startswith("keras") else f".{name}"
+            target = directory / f"RANDOM-{architecture}-{number}{suffix}"
             read = size(source)
             try:
                 seconds, peaks = watch(

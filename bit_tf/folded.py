@@ -130,16 +130,12 @@ def write(
         the model itself tells if None.
 
     Raises:
-      ValueError: the path has another ending.
+      CheckpointFormatError: the path has another ending.
       VerificationError: the file does not give the model's outputs.
       OSError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".keras":
-        raise ValueError(
-            "Keras reads a model from a file whose name ends in '.keras'. "
-            f"Received: {path.name!r}. Rename it."
-        )
+    keras_file.require_suffix(path)
     checkpoint.require_place(path)
     if facts is None:
         facts = Facts(model.numerics, output_stride=model.output_stride)

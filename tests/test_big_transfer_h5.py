@@ -7,6 +7,8 @@ import h5py
 import helpers
 import numpy as np
 import pytest
+from foreign import big_transfer_h5 as write
+from foreign import weight_name
 
 from bit_tf import errors, variants
 from bit_tf.checkpoints import (
@@ -25,75 +27,6 @@ KEPT = {
     "": "block2/block2/unit01/b/standardized_conv2d/kernel:0",
     "resnet/": "block2/resnet/block2/unit01/b/standardized_conv2d/kernel:0",
 }
-
-
-def layers_of(arrays):
-    """Layer → canonical names, in the order of big_transfer's own model."""
-    found = {"root_block": ["root_block/standardized_conv2d/kernel"]}
-    for block in range(1, 5):
-        names = found[f"block{block}"] = []
-        for unit in range(1, 100):
-            scope = f"block{block}/unit{unit:02d}"
-            if f"{scope}/a/group_norm/gamma" not in arrays:
-                break
-            for letter in "abc":
-                names += [
-                    f"{scope}/{letter}/group_norm/gamma",
-                    f"{scope}/{letter}/group_norm/beta",
-                    f"{scope}/{letter}/standardized_conv2d/kernel",
-                ]
-            if unit == 1:
-                names.append(f"{scope}/a/proj/standardized_conv2d/kernel")
-    found["group_norm"] = ["group_norm/gamma", "group_norm/beta"]
-    found["re_lu_48"] = found["global_average_pooling2d"] = []
-    if layout.HEAD_KERNEL in arrays:
-        found["head/dense"] = [layout.HEAD_KERNEL, layout.HEAD_BIAS]
-    return found
-
-
-def weight_name(name, prefix=""):
-    return prefix + name.replace("head/conv2d", "head/dense") + ":0"
-
-
-def texts(names, fixed):
-    """As h5py 2 wrote them (fixed bytes), or h5py 3."""
-    if not names:
-        return np.array([])
-    return np.array([n.encode() for n in names]) if fixed else list(names)
-
-
-def write(path, arrays, prefix="", fixed=True, rename=None, change=None):
-    """A file as Keras 2 writes it.
-
-    Args:
-      rename: (layer, index, canonical name) → weight name.
-      change: edits {layer: [(weight name, array)]} before it is written.
-    """
-    rename = rename or (lambda layer, index, name: weight_name(name, prefix))
-    layers = {
-        layer: [
-            (rename(layer, index, name), arrays[name])
-            for index, name in enumerate(names)
-        ]
-        for layer, names in layers_of(arrays).items()
-    }
-    if change:
-        change(layers)
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = texts(list(layers), fixed)
-        file.attrs["backend"] = b"tensorflow" if fixed else "tensorflow"
-        file.attrs["keras_version"] = b"2.3.0-tf" if fixed else "2.3.0-tf"
-        for layer, rows in layers.items():
-            group = file.create_group(layer)
-            names = [name for name, _ in rows]
-            group.attrs["weight_names"] = texts(names, fixed)
-            for name, array in rows:
-                if array is not None:
-                    group.create_dataset(name, data=array)
-        if not fixed:
-            top = file.create_group("top_level_model_weights")
-            top.attrs["weight_names"] = texts([], fixed)
-    return path
 
 
 def place(layers, name, prefix=""):

@@ -431,8 +431,11 @@ def test_secrets_are_sent_but_not_told(server, cache):
 
 
 CLIENT = """
+import signal
 import sys
 from bit_tf import cached_download
+# A shell's background job ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print(cached_download.cached(sys.argv[1], timeout=60))
 """
 

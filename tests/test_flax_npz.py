@@ -3,13 +3,13 @@
 import os
 import pathlib
 import random
-import re
 import tracemalloc
 import zipfile
 
 import helpers
 import numpy as np
 import pytest
+from foreign import flax
 
 from bit_tf import errors, variants
 from bit_tf.checkpoints import flax_npz, google_npz, layout, rename
@@ -22,30 +22,6 @@ GAMMA = "block1/unit01/b/group_norm/gamma"
 NORM = "block1/unit01/gn2/scale"
 CONV = "block2/unit01/conv2/kernel"
 ROOT = "root_block/conv_root/kernel"
-
-
-def flax(arrays, head="head", prefix=""):
-    """Flax's names and layouts, written out by hand."""
-    result = {}
-    for name, array in arrays.items():
-        new = name.replace(
-            "root_block/standardized_conv2d", "root_block/conv_root"
-        )
-        new = re.sub("^group_norm", "norm-pre-head", new)
-        new = new.replace("a/proj/standardized_conv2d", "conv_proj")
-        for number, letter in enumerate("abc", 1):
-            new = new.replace(f"/{letter}/group_norm", f"/gn{number}")
-            new = new.replace(
-                f"/{letter}/standardized_conv2d", f"/conv{number}"
-            )
-        new = new.replace("gamma", "scale").replace("beta", "bias")
-        new = new.replace("head/conv2d", head)
-        if new.endswith(("/scale", "/bias")) and "head/b" not in name:
-            array = (
-                array if name.startswith("head") else array[None, None, None]
-            )
-        result[prefix + new] = array
-    return result
 
 
 TINY = helpers.random_arrays((1, 1, 1, 1), 32, 10)

@@ -274,7 +274,7 @@ def test_what_differs_is_not_written(tmp_path, monkeypatch, change):
 
 def test_paths_are_judged_first(tmp_path):
     model = models.ResNetV2((1, 1, 1, 1), 32)
-    with pytest.raises(ValueError, match=r"\.keras"):
+    with pytest.raises(errors.CheckpointFormatError, match=r"\.keras"):
         folded.write(model, tmp_path / "a.h5")
     with pytest.raises(FileNotFoundError):
         folded.write(model, tmp_path / "no" / "a.keras")

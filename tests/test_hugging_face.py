@@ -15,6 +15,7 @@ from bit_tf.checkpoints import (
     checkpoint,
     hugging_face,
     layout,
+    processors,
     pytorch,
     rename,
     safetensors_file,
@@ -792,7 +793,7 @@ def test_transformers_prepares_the_same_pictures(tmp_path, name):
     processor = BitImageProcessorPil.from_pretrained(path)
     picture = helpers.random_images(1, 301, 260)[0]
     theirs = processor(picture, return_tensors="np")["pixel_values"]
-    said, why = hugging_face._processor_preset(
+    said, why = processors.from_transformers(
         path, json.loads((path / "preprocessor_config.json").read_text())
     )
     assert not why
@@ -801,7 +802,7 @@ def test_transformers_prepares_the_same_pictures(tmp_path, name):
         theirs[0].transpose(1, 2, 0), ours, atol=1.01 * 2 / 255
     )
     assert np.abs(theirs[0].transpose(1, 2, 0) - ours).mean() < 1e-3
-    for field, value in hugging_face._PROCESSOR.items():
+    for field, value in processors._DEFAULTS.items():
         if field in ("image_mean", "image_std"):
             continue
         assert hasattr(BitImageProcessorPil, field) or field in (

@@ -586,15 +586,26 @@ def test_a_damaged_config_is_named(path, tmp_path, changes):
         b"\xff",
         b"[" * 200_000,
         b'{"config": ' + b"9" * 5000 + b"}",
+        b'{"a": 1, "a": 1}',
         b" " * (1 << 24) + b"{}",
     ],
-    ids=["empty", "list", "cut", "bytes", "nested", "number", "long"],
+    ids=["empty", "list", "cut", "bytes", "nested", "number", "twice", "long"],
 )
 @pytest.mark.parametrize("name", ["config.json", "metadata.json"])
 def test_damaged_json_is_named(path, tmp_path, name, text):
     rezipped(path, tmp_path / "a.keras", {name: text})
     with pytest.raises(errors.CheckpointFormatError, match=name):
         keras_file.read(tmp_path / "a.keras")
+
+
+def test_infinity_is_read_as_keras_writes_it(path, tmp_path):
+    found = json.loads(member(path, "config.json"))
+    found["compile_config"] = {"loss_weights": [float("inf"), float("nan")]}
+    text = json.dumps(found)
+    assert "Infinity, NaN" in text
+    rezipped(path, tmp_path / "a.keras", {"config.json": text})
+    read = keras_file.read(tmp_path / "a.keras")
+    assert read.shapes == keras_file.read(path).shapes
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,6 @@ def test_errors(small):
         bit_tf.create_model("testing", "10")
     with pytest.raises(ValueError, match="four blocks"):
         models.ResNetV2((1, 1, 1), 32)
-    with pytest.raises(errors.CheckpointError, match=r"module only.*bird/1"):
-        bit_tf.load_model("experts/bit/r50x1/in21k/bird")
     with pytest.raises(errors.UnknownNameError, match="R50x1"):
         bit_tf.create_model("R50")
     with pytest.raises(ValueError, match="num_classes"):

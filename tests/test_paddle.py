@@ -14,6 +14,7 @@ import tracemalloc
 import helpers
 import numpy as np
 import pytest
+from foreign import paddle as spelled
 
 from bit_tf import errors, variants
 from bit_tf.checkpoints import layout, paddle, rename, restricted_pickle
@@ -31,16 +32,6 @@ CONV = "bit.encoder.stages.1.layers.0.conv2.weight"
 ROOT = "bit.embedder.convolution.weight"
 HEAD = "classifier.1.weight"
 BIAS = "classifier.1.bias"
-
-
-def spelled(arrays, scheme=rename.PADDLE):
-    """Names and layouts of PaddleNLP, written out by hand."""
-    result = {}
-    for name, array in arrays.items():
-        if array.ndim == 4:
-            array = array.transpose(3, 2, 0, 1)
-        result[scheme.spell(name)] = np.ascontiguousarray(array)
-    return result
 
 
 TINY = helpers.random_arrays((1, 1, 1, 1), 32, 10)

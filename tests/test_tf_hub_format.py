@@ -14,8 +14,10 @@ import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
+from foreign import hub_names as spelled
+from foreign import saved_model as module
+from foreign import tf1_hub
 from tensorflow.core.protobuf import (
-    saved_model_pb2,
     tensor_bundle_pb2,
     trackable_object_graph_pb2,
 )
@@ -45,57 +47,6 @@ def same(read, arrays):
     return True
 
 
-def module(path, named):
-    """A SavedModel of TensorFlow 2 with variables of these names."""
-    root = tf.Module()
-    root.kept = [tf.Variable(value, name=name) for name, value in named.items()]
-    tf.saved_model.save(root, str(path))
-    return path
-
-
-def tf1_hub(path, named, victim=None, slots=False):
-    """A module of TF1 Hub, with a graph that must never be loaded."""
-    v1 = tf.compat.v1
-    (path / "variables").mkdir(parents=True)
-    (path / "tfhub_module.pb").write_bytes(b"")
-    with tf.Graph().as_default() as graph:
-        made = [
-            v1.get_variable(name, initializer=value, use_resource=False)
-            for name, value in named.items()
-        ]
-        if slots:
-            v1.train.get_or_create_global_step()
-            loss = tf.add_n([tf.reduce_sum(x) for x in made])
-            v1.train.MomentumOptimizer(0.1, 0.9).minimize(loss)
-        saver = v1.train.Saver(v1.global_variables())
-        with v1.Session() as session:
-            session.run(v1.global_variables_initializer())
-            saver.save(
-                session,
-                str(path / "variables" / "variables"),
-                write_meta_graph=False,
-                write_state=False,
-            )
-        if victim:
-            tf.io.write_file(str(victim), "the graph was run")
-        model = saved_model_pb2.SavedModel(saved_model_schema_version=1)
-        model.meta_graphs.add().graph_def.CopyFrom(graph.as_graph_def())
-    (path / "saved_model.pb").write_bytes(model.SerializeToString())
-    return path
-
-
-def spelled(arrays, prefix="", numbered=False, square=True):
-    """Arrays by the names and shapes that a module gives them."""
-    found = {}
-    for index, (name, array) in enumerate(arrays.items()):
-        if numbered and index:
-            name = name.replace("ed_conv2d/", f"ed_conv2d_{index}/")
-        if name == layout.HEAD_KERNEL and square:
-            array = array[None, None]
-        found[prefix + name] = array
-    return found
-
-
 @pytest.fixture(scope="module")
 def resnet(arrays, tmp_path_factory):
     path = tmp_path_factory.mktemp("hub") / "model"
@@ -114,7 +65,7 @@ def test_our_own_export(small_export, small_arrays):
     assert (read.blocks, read.stem_width, read.num_classes) == (TINY, 32, 10)
     assert (read.format, read.extra) == ("tf_hub", ())
     assert read.facts.numerics == "google"
-    assert read.facts.preset.name == "tfhub"
+    assert read.facts.preset.name == "big_transfer eval"
     assert [label.name for label in read.facts.labels] == list("abcdefghij")
     assert read.facts.output_stride == 32
     assert not any("inferred" in note for note in read.notes)
@@ -158,7 +109,9 @@ def test_a_card_is_honoured(copy):
         '{"numerics": "google", "output_stride": 32}',
         '{"numerics": {"name": "nobody"}, "output_stride": 32}',
         '{"numerics": {"name": "google"}, "output_stride": 31}',
+        '{"numerics": {"name": "google"}, "output_stride": 32, "preset": 7}',
         '{"numerics": {"name": ["google"]}, "output_stride": 32}',
+        '{"numerics": {"name": "google"}, "output_stride": 8, "a": 1, "a": 1}',
         "[" * 100_000,
         '"\udcff"',
     ],

@@ -418,6 +418,23 @@ def test_a_bad_write_leaves_the_old_file(tmp_path, arrays):
         timm.write(arrays, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "metadata", [{}, {KEY: Facts("timm").to_json()}], ids=["none", "others"]
+)
+def test_what_reads_back_otherwise_is_refused(
+    tmp_path, arrays, monkeypatch, metadata
+):
+    write = safetensors_file.write
+
+    def wrong(file, shapes, make, _):
+        write(file, shapes, make, metadata)
+
+    monkeypatch.setattr(safetensors_file, "write", wrong)
+    with pytest.raises(errors.CheckpointFormatError, match="read back"):
+        timm.write(arrays, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_extra_tensors_are_told(tmp_path, arrays):
     tensors = stored(arrays) | {"ema.step": np.int32([3])}
     found = pytorch.read(place(tmp_path / "x.safetensors", tensors))

@@ -280,11 +280,16 @@ class Selection(Mapping[str, np.ndarray]):
             if head or name not in (layout.HEAD_KERNEL, layout.HEAD_BIAS)
         }
         self.facts = facts
-        self.config = getattr(arrays, "config", None)
         if not head:
             self.facts = dataclasses.replace(facts, labels=None)
-            if self.config is not None:
-                self.config = {**self.config, "num_classes": 0}
+        self.config = getattr(arrays, "config", None)
+        if self.config is not None:
+            self.config = self.config | {
+                "numerics": facts.numerics,
+                "output_stride": facts.output_stride,
+            }
+            if not head:
+                self.config["num_classes"] = 0
         self._arrays = arrays
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from bit_tf import errors, files, variants
-from bit_tf.checkpoints import checkpoint, hdf5, layout, rename
+from bit_tf.checkpoints import checkpoint, hdf5, json_files, layout, rename
 from bit_tf.checkpoints.facts import KEY, Facts, facts_of
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "member",
     "metadata",
     "read",
+    "require_suffix",
     "sniff",
     "spell",
     "write",
@@ -190,6 +191,19 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
     return found
 
 
+def require_suffix(path: Path) -> None:
+    """Refuses a name that Keras would not read a model from.
+
+    Raises:
+      CheckpointFormatError: the path does not end in ".keras".
+    """
+    if path.suffix != ".keras":
+        raise errors.CheckpointFormatError(
+            "Keras reads a model from a file whose name ends in '.keras'. "
+            f"Received: {path.name!r}. Rename it."
+        )
+
+
 def write(
     arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]
 ) -> None:
@@ -206,15 +220,17 @@ def write(
       arrays: canonical name → float array. An attribute `config`, what a
         model's get_config() gives, is written as it is; else one is made of
         the shapes and of the attribute `facts`, in float32, nothing frozen.
-      path: the file to write or to replace; Keras wants ".keras" at its end.
+      path: the file to write or to replace; it ends in ".keras".
 
     Raises:
       CheckpointMismatchError: names or shapes are not those of a BiT-ResNet,
         or not those of `config`.
-      CheckpointFormatError: an array is not float or holds NaN or infinity.
+      CheckpointFormatError: an array is not float or holds NaN or infinity,
+        or the path has another ending.
       OSError: the file cannot be written.
     """
     path = Path(path)
+    require_suffix(path)
     checkpoint.require_place(path)
     shapes = checkpoint.checked_shapes(arrays)
     facts = facts_of(arrays)
@@ -479,12 +495,12 @@ def _json(
             zipfile.ZipFile(file) as archive,
             archive.open(members[name]) as source,
         ):
-            found = json.loads(source.read(_MAX_JSON + 1))
-    except (*_ZIP_ERRORS, RecursionError) as error:
+            # Keras writes NaN and Infinity as Python does.
+            return json_files.json_object(
+                source.read(_MAX_JSON + 1), constants=True
+            )
+    except _ZIP_ERRORS as error:
         raise _refused(path, f"{name} that cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise _refused(path, f"{name} that is no JSON object")
-    return found
 
 
 def _config(path: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -558,16 +574,9 @@ def _facts(
     """The config's facts, and those that `write` recorded."""
     numerics, stride = config["numerics"], config["output_stride"]
     recorded = _json(path, file, members, METADATA).get(KEY)
-    if recorded is None:
+    facts = json_files.recorded_facts(f"{path}: {METADATA}", recorded)
+    if facts is None:
         return Facts(numerics, output_stride=stride)
-    try:
-        facts = Facts.from_json(
-            recorded if isinstance(recorded, str) else json.dumps(recorded)
-        )
-    except errors.CheckpointFormatError as error:
-        raise errors.CheckpointFormatError(
-            f"{path}: {METADATA}: {error}"
-        ) from error
     if (facts.numerics, facts.output_stride) != (numerics, stride):
         raise errors.CheckpointFormatError(
             f"{path}: {METADATA} and {CONFIG} must agree. Received: numerics "

@@ -15,9 +15,11 @@ from bit_tf import errors
 from bit_tf.checkpoints import (
     checkpoint,
     hugging_face,
+    json_files,
     layout,
     rename,
     safetensors_file,
+    timm,
     torch_file,
 )
 from bit_tf.checkpoints.facts import KEY, Facts
@@ -85,7 +87,7 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
         )
     opened = open_file(path)
     directory = path.parent
-    recorded = hugging_face.recorded_facts(path, opened.metadata.get(KEY))
+    recorded = json_files.recorded_facts(path, opened.metadata.get(KEY))
     if path.name.endswith(_INDEX_SUFFIX):
         path = directory
     notes += opened.notes
@@ -95,12 +97,15 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
     )
     if scheme is None:
         raise _unknown(path, opened)
-    timm = scheme is rename.TIMM
+    is_timm = scheme is rename.TIMM
     config = None
-    if not timm or recorded is None:
-        config = hugging_face.read_config(directory)
-    if config is not None and not timm and not hugging_face.is_timm(config):
-        hugging_face.check_options(directory, config)
+    if not is_timm or recorded is None:
+        config = json_files.read(directory / json_files.CONFIG)
+    if config is not None and not is_timm:
+        if timm.is_timm(config):
+            config = None
+        else:
+            hugging_face.check_options(directory, config)
     entries, extra = rename.collect(
         path, scheme, opened.entries, lambda name: name.removeprefix(prefix)
     )
@@ -116,14 +121,14 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
         return checkpoint.Checkpoint(
             path,
             entries,
-            format="timm" if timm else "transformers",
+            format="timm" if is_timm else "transformers",
             facts=facts,
             extra=tuple(sorted({*extra, *opened.extra})),
             notes=notes,
             spell=lambda name: prefix + scheme.spell(name),
         )
 
-    tell = hugging_face.timm_facts if timm else hugging_face.transformers_facts
+    tell = timm.read_facts if is_timm else hugging_face.read_facts
     facts, more = tell(directory, config, described(Facts()), recorded)
     notes += more
     return described(facts)

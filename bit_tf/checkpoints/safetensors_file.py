@@ -27,12 +27,11 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 import numpy as np
 
 from bit_tf import errors
-from bit_tf.checkpoints import checkpoint, layout, rename
+from bit_tf.checkpoints import checkpoint, json_files, layout, rename
 
 __all__ = [
     "Opened",
     "encoded",
-    "json_object",
     "sharded",
     "sniff",
     "tensors",
@@ -204,25 +203,6 @@ def sharded(
     return found
 
 
-def json_object(raw: bytes) -> dict[str, Any]:
-    """Reads a JSON object, strictly: UTF-8, no key twice, no NaN.
-
-    Raises:
-      ValueError: it is something else, or nested too deeply.
-    """
-    try:
-        found = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"it is of type {type(found).__name__}")
-    return found
-
-
 def encoded(
     scheme: rename.Scheme,
     arrays: Mapping[str, np.ndarray],
@@ -338,7 +318,7 @@ def _header(file: BinaryIO) -> _Header:
             f"{errors.brief(raw[:40])}. {checkpoint.REMEDY}"
         )
     try:
-        found = json_object(raw)
+        found = json_files.json_object(raw)
     except ValueError as error:
         raise errors.CheckpointFormatError(
             "The header of a .safetensors file is a JSON object. Received "
@@ -462,11 +442,8 @@ def _load(path: Path, row: _Tensor, start: int, crc: int) -> np.ndarray:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    size = path.stat().st_size
     try:
-        if size > _MAX_HEADER:
-            raise ValueError(f"{size} bytes, over the limit of {_MAX_HEADER}")
-        where = json_object(path.read_bytes()).get("weight_map")
+        where = json_files.read_object(path, _MAX_HEADER).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise ValueError(f"a weight_map of {errors.brief(where)}")
         for name, file in where.items():
@@ -490,21 +467,6 @@ def _plain(name: str) -> bool:
         and name.isprintable()
         and not any(mark in name for mark in "/\\:")
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the name {errors.brief(name)} occurs twice")
-            seen.add(name)
-    return found
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _listed(problems: list[str]) -> str:

@@ -8,6 +8,7 @@ older TF1 Hub format keep their variables in the same way, by name.
 """
 
 import collections
+import dataclasses
 import functools
 import gzip
 import io
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from bit_tf import archive, errors, labels, presets
 from bit_tf.checkpoints import (
     checkpoint,
+    json_files,
     layout,
     npz,
     rename,
@@ -417,21 +419,22 @@ def _facts(root: Path, head: bool) -> tuple[Facts, tuple[str, ...]]:
         classes = labels.read_saved_model(root) if head else None
     except errors.HandleError as error:
         raise errors.CheckpointFormatError(str(error)) from error
-    preset = presets.PRESETS["tfhub"]
     file = root / CARD_FILE
     if not file.is_file():
-        return Facts("google", preset, classes), (_NOTE,)
+        return Facts("google", presets.PRESETS["tfhub"], classes), (_NOTE,)
     try:
         with open(file, "rb") as opened:
-            card = json.loads(opened.read(_MAX_CARD))
+            card = json_files.json_object(opened.read(_MAX_CARD))
         said = {
             "numerics": card["numerics"]["name"],
             "output_stride": card["output_stride"],
+            "preset": card.get("preset"),
         }
         found = Facts.from_json(json.dumps(said))
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise errors.CheckpointFormatError(
-            f"{CARD_FILE} is a JSON object with numerics.name and "
-            f"output_stride. Received: another ({error}). Remove or correct it."
+            f"{CARD_FILE} is a JSON object with numerics.name, "
+            f"output_stride and preset. Received: another ({error}). Remove or "
+            "correct it."
         ) from error
-    return Facts(found.numerics, preset, classes, found.output_stride), ()
+    return dataclasses.replace(found, labels=classes), ()
