@@ -67,11 +67,11 @@ def measure(
       {"to": format, "bytes": the larger of what is read and written,
       "seconds": …, "peaks": {process: bytes}}
     """
-    from hub_export import demo
+    from hub_export import random_weights
 
     directory.mkdir(parents=True, exist_ok=True)
     source = directory / f"RANDOM-{architecture}.npz"
-    demo.write_random_checkpoint(architecture, source, classes)
+    random_weights.write_checkpoint(architecture, source, classes)
     try:
         for number, name in enumerate(to):
             suffix = ".keras" if name.startswith("keras") else f".{name}"

@@ -1,5 +1,6 @@
 """From what somebody writes to a local path: a path, a name, or an address."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -7,7 +8,7 @@ import re
 import urllib.parse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bit_tf import cached_download, errors, variants
+from bit_tf import cached_download, errors, presets, variants
 
 if TYPE_CHECKING:
     from bit_tf import checkpoints
@@ -143,6 +144,8 @@ def open_checkpoint(
     found = checkpoints.read(located.path)
     facts = (found.blocks, found.stem_width, found.num_classes, located.path)
     check(located.variant, *facts)
+    if located.variant is not None:
+        found.facts = _facts(located.variant, found)
     namesake = _row(located.path.name)
     if located.variant is None and namesake is not None:
         try:
@@ -150,6 +153,17 @@ def open_checkpoint(
         except errors.CheckpointMismatchError as error:
             found.notes += (str(error),)
     return found
+
+
+def _facts(
+    variant: variants.Variant, found: "checkpoints.Checkpoint"
+) -> "checkpoints.Facts":
+    """What is known of published weights, where their file does not say it."""
+    if found.facts.preset is not None and variant.url is None:
+        return found.facts
+    # An .npz or .h5 says nothing: its preset was the format's usual one.
+    preset = variant.preset and presets.preset(variant.preset)
+    return dataclasses.replace(found.facts, preset=preset or None)
 
 
 def _row(name: str) -> variants.Variant | None:

@@ -13,19 +13,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bit_tf import (
-    checkpoints,
     classify,
     embed,
     errors,
     files,
     images,
-    labels,
     published,
     variants,
 )
 from hub_export import digits, random_weights, saved_model
 
-__all__ = ["run", "write_random_checkpoint"]
+__all__ = ["run"]
 
 NEIGHBOURS = 6
 TILE = 96
@@ -73,7 +71,7 @@ def run(
         checkpoint = directory / f"RANDOM-{random}.npz"
         say("THE WEIGHTS ARE RANDOM: VECTORS AND NAMES MEAN NOTHING.")
         with step(f"Write a random {random} checkpoint, {checkpoint}"):
-            write_random_checkpoint(random, checkpoint)
+            random_weights.write_checkpoint(random, checkpoint)
     assert checkpoint is not None
     with step(f"Read {checkpoint}"):
         source = published.open_checkpoint(checkpoint)
@@ -155,20 +153,6 @@ class _Steps:
         yield
         seconds = time.perf_counter() - start
         self._say(f"{self._count}. {text}: {seconds:.1f} s")
-
-
-def write_random_checkpoint(
-    architecture: str,
-    path: pathlib.Path,
-    num_classes: int = labels.LABEL_SETS["ilsvrc2012"],
-    seed: int = 0,
-) -> None:
-    """Writes a full-size checkpoint of random weights, in Google's layout."""
-    row = variants.architecture(architecture)
-    weights = random_weights.RandomWeights(
-        row.blocks, row.stem_width, num_classes, seed
-    )
-    checkpoints.write(weights, path)
 
 
 def _read_photos(photos: Sequence[str], preset: str):

@@ -1,12 +1,14 @@
 """Random weights in the published layout, for trying things at full size."""
 
+import pathlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from bit_tf import checkpoints, labels, variants
 from bit_tf.checkpoints import layout
 
-__all__ = ["RandomWeights"]
+__all__ = ["RandomWeights", "write_checkpoint"]
 
 
 class RandomWeights(Mapping[str, np.ndarray]):
@@ -54,3 +56,15 @@ class RandomWeights(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def write_checkpoint(
+    architecture: str,
+    path: pathlib.Path,
+    num_classes: int = labels.LABEL_SETS["ilsvrc2012"],
+    seed: int = 0,
+) -> None:
+    """Writes a full-size checkpoint of random weights, in Google's layout."""
+    row = variants.architecture(architecture)
+    weights = RandomWeights(row.blocks, row.stem_width, num_classes, seed)
+    checkpoints.write(weights, path)

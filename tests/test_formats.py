@@ -5,6 +5,8 @@ import itertools
 import json
 import pathlib
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import foreign
@@ -236,6 +238,31 @@ def test_the_command(format, call, small_npz, small_arrays, tmp_path):
         if not name.startswith("head/")
     }
     assert same(found, backbone)
+
+
+def test_arrays_are_converted_without_tensorflow(small_npz, tmp_path):
+    code = (
+        "import sys\n"
+        "from hub_export import commands\n"
+        "try:\n"
+        "    commands.main()\n"
+        "finally:\n"
+        "    loaded = {'tensorflow', 'keras', 'torch'} & sys.modules.keys()\n"
+        "    assert not loaded, loaded\n"
+    )
+    source = small_npz
+    for format, name in WRITTEN.items():
+        target = tmp_path / f"{format}-{name}"
+        run = subprocess.run(
+            [
+                *(sys.executable, "-c", code, "convert", source, target),
+                *("--to", format),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        source = target
 
 
 def test_a_conversion_spares_its_source(small_npz, tmp_path):

@@ -6,10 +6,15 @@ import subprocess
 import sys
 
 import file_server
+import foreign
+import helpers
+import numpy as np
 import pytest
 from file_server import Reply
 
-from bit_tf import errors, published, variants
+import bit_tf
+from bit_tf import checkpoints, errors, presets, published, variants
+from hub_export import random_weights
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"config.json": b"{}", "preprocessor_config.json": b"{}"}
@@ -409,6 +414,93 @@ def test_hugging_face_needs_an_extra(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(errors.MissingExtraError, match=r"bit-tf\[huggingface"):
         published.locate("google/bit-50")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "blocks"),
+    [
+        ("BiT-S-R50x3.h5", "R50x3", (1, 2, 1, 1)),
+        ("BiT-S-R101x1.h5", "R101x1", (1, 1, 1, 1)),
+    ],
+)
+def test_files_published_under_a_wrong_name(
+    server, bucket, tmp_path, call, name, row, blocks
+):
+    """Two of the .h5 files hold another architecture than their names say."""
+    path = tmp_path / name
+    arrays = helpers.random_arrays(blocks, 32, 1000)
+    foreign.big_transfer_h5(path, arrays)
+    server.bodies[f"/mirror/{name}"] = path.read_bytes()
+    with pytest.raises(errors.CheckpointMismatchError, match=f"is {row} with"):
+        bit_tf.load_model(name)
+    # The file itself is read as what it holds, and a note says so.
+    found = published.open_checkpoint(path)
+    assert (found.blocks, found.stem_width) == (blocks, 32)
+    assert any(
+        f"{name.removesuffix('.h5')!r} is {row}" in n for n in found.notes
+    )
+    code, _, err = call(
+        *("hub-export", "convert", path, tmp_path / "x.npz", "--to", "npz")
+    )
+    assert code == 0
+    assert f"is {row} with 1000 classes" in err
+    code, _, err = call(
+        *("hub-export", "convert", name, tmp_path / "y.npz", "--to", "npz")
+    )
+    assert code == 1
+    assert f"is {row} with 1000 classes" in err
+    assert not (tmp_path / "y.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("distill/R50x1_224", "timm distilled"),
+        ("BiT-S-R50x1", "big_transfer eval"),
+        ("distill/R50x1_160", None),
+    ],
+)
+def test_what_is_known_of_published_weights(
+    server, bucket, small_npz, monkeypatch, name, preset
+):
+    monkeypatch.setattr(published, "check", lambda *_: None)
+    server.bodies[f"/mirror/{name}.npz"] = small_npz.read_bytes()
+    facts = published.open_checkpoint(name).facts
+    assert facts.preset == (preset and presets.PRESETS[preset])
+    assert facts.numerics == "google"
+
+
+def test_a_published_name_is_converted(server, bucket, tmp_path, call):
+    name = "BiT-M-R50x1-ILSVRC2012"
+    path = tmp_path / "made.npz"
+    row = variants.variant(name)
+    random_weights.write_checkpoint(row.architecture, path, row.num_classes)
+    assert path.stat().st_size == row.size
+    server.bodies[f"/mirror/{name}.npz"] = path.read_bytes()
+    code, out, err = call(
+        *("hub-export", "convert", name, tmp_path / "x.safetensors"),
+        *("--to", "timm"),
+    )
+    assert code == 0, err
+    assert "153 arrays, each used once" in out
+    found = checkpoints.read(tmp_path / "x.safetensors")
+    made = checkpoints.read(path)
+    assert found.facts == made.facts
+    for array in ("head/conv2d/kernel", "block4/unit03/c/group_norm/beta"):
+        np.testing.assert_array_equal(found[array], made[array], strict=True)
+    # A near miss names the right one; nothing is made of a failed download.
+    code, out, err = call(
+        *("hub-export", "convert", "BiT-M-R50x1-ILSVRC12", tmp_path / "y"),
+    )
+    assert code == 1
+    assert f"Did you mean {name!r}" in err
+    server.bodies.clear()
+    code, out, err = call(
+        *("hub-export", "demo", "BiT-S-R50x1", "--directory", tmp_path / "d"),
+    )
+    assert code == 1
+    assert "404" in err
+    assert not (tmp_path / "d" / "saved_model").exists()
 
 
 @pytest.mark.network

@@ -88,10 +88,14 @@ def positive(text: str) -> int:
 def expect_tensorflow(source: str) -> None:
     """Calls `quiet_tensorflow` if reading the source may need TensorFlow.
 
-    A checkpoint that is one file does not, unless it is a SavedModel's archive.
+    Of what is on the disk SavedModels and their archives do.
     """
-    if not os.path.isfile(source) or archive.is_archive(source):
-        quiet_tensorflow()
+    if os.path.exists(source) and not (
+        os.path.isfile(os.path.join(source, "saved_model.pb"))
+        or archive.is_archive(source)
+    ):
+        return
+    quiet_tensorflow()
 
 
 def quiet_tensorflow() -> None:
