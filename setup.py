@@ -28,6 +28,7 @@ EXTRAS["test"] = [
     "mypy>=1.11",
     "nbclient>=0.10",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "scikit-learn>=1.4",
 ]

@@ -18,6 +18,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from bit_tf import variants
+
 
 def peak_bytes(pid: int) -> int:
     """The largest resident size that a process has reached, in bytes."""
@@ -117,7 +119,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("architecture", nargs="?", default="R152x4")
+    parser.add_argument(
+        "architecture",
+        nargs="?",
+        default="R152x4",
+        choices=list(variants.ARCHITECTURES),
+    )
     parser.add_argument("--classes", type=int, default=21843)
     parser.add_argument("--directory", type=pathlib.Path, required=True)
     parser.add_argument("--to", nargs="+", default=["savedmodel"])

@@ -21,14 +21,15 @@ import os
 import pathlib
 import re
 import shutil
+import ssl
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from bit_tf import errors, files
 
-__all__ = ["cache_directory", "cached"]
+__all__ = ["cache_directory", "cached", "compare", "record_of", "shown"]
 
 _CHUNK = 2**18
 # Bytes that make an attempt a success, though the connection was cut again.
@@ -36,13 +37,25 @@ _PROGRESS = 2**20
 # The longest wait between two attempts, whatever a server asks for; seconds.
 _MAX_WAIT = 120.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The longest beginning in which a web page is looked for; bytes.
+_HEAD = 2**12
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 def cache_directory() -> pathlib.Path:
-    """The cache: $BIT_TF_CACHE, or the user's cache folder of this system."""
+    """The cache: $BIT_TF_CACHE, or the user's cache folder of this system.
+
+    Raises:
+      DownloadError: $BIT_TF_CACHE begins with "~" and a name nobody has.
+    """
     if chosen := os.environ.get("BIT_TF_CACHE"):
-        return pathlib.Path(chosen).expanduser()
+        try:
+            return pathlib.Path(chosen).expanduser()
+        except RuntimeError as error:
+            raise errors.DownloadError(
+                "BIT_TF_CACHE is the path of a directory. Received: "
+                f"{chosen!r}: {error} Set it to another one."
+            ) from error
     import platformdirs
 
     return platformdirs.user_cache_path("bit-tf")
@@ -65,7 +78,8 @@ def cached(
     was cut is resumed, also that of an earlier process, if the server can
     tell whether its file is still the same; of processes that want the same
     file at once, one downloads it and the others wait. User, password and
-    query of the URL are sent, but neither recorded nor shown.
+    query of the URL are sent, but neither recorded nor shown. Neither an empty
+    file nor a web page is taken for the file.
 
     Args:
       url: "http://…" or "https://…".
@@ -83,23 +97,23 @@ def cached(
         changed or damaged; the server gives other bytes than it once did; or
         the cache cannot be written or has no room.
     """
-    shown = _shown(url)
+    address = shown(url)
     folder = pathlib.Path(directory or cache_directory())
-    place = _Place(folder / _relative(shown, name))
+    place = _Place(folder / _relative(address, name))
     try:
         # Without the lock, so that a cache may be read-only once it is full.
         if place.file.exists() and place.record.exists():
-            return _checked(place, shown, size)
+            return _checked(place, address, size)
         place.file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place):
             if not place.file.exists():
-                part = _Part(place, shown, size)
+                part = _Part(place, address, size)
                 _Download(url, part, timeout).run(attempts, backoff)
                 _finish(place, part)
                 return place.file
             if not place.record.exists():
                 _record_found(place, size)
-            return _checked(place, shown, size)
+            return _checked(place, address, size)
     except errors.DownloadError:
         raise
     except (OSError, NotImplementedError) as error:
@@ -107,6 +121,93 @@ def cached(
             "The cache is a directory with room that can be read and written. "
             f"Received: {folder}: {error}. Set BIT_TF_CACHE to one."
         ) from error
+
+
+def record_of(path: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The record beside a file of the cache; None if it has none."""
+    place = _Place(pathlib.Path(path))
+    if not place.file.is_file() or not place.record.is_file():
+        return None
+    return place.record if "sha256" in _read_json(place.record) else None
+
+
+def compare(
+    paths: Iterable[pathlib.Path], record: str | os.PathLike[str]
+) -> None:
+    """Compares files in huggingface_hub's cache with what they were at first.
+
+    A link to a blob that is named by a SHA-256, as those of big files are, is
+    compared with this name; any other file with the record of its first use,
+    which is made here.
+
+    Args:
+      paths: files, each of another name.
+      record: JSON, name → SHA-256, with its path.
+
+    Raises:
+      DownloadError: a file was changed or damaged, or the record was; or one
+        of them cannot be read or written.
+    """
+    record = pathlib.Path(record)
+    try:
+        known = _read_hashes(record)
+        new = {}
+        for path in paths:
+            _, digest = _measure(path)
+            named = _blob(path)
+            expected = named or known.get(path.name)
+            if expected is None:
+                new[path.name] = digest
+            elif digest != expected:
+                also = (
+                    ""
+                    if named
+                    else "; if its repository has another one now, delete "
+                    f"{record} as well"
+                )
+                raise errors.DownloadError(
+                    f"{path} was changed or damaged since it was downloaded: "
+                    f"expected the SHA-256 {expected}. Received: {digest}. "
+                    f"Delete {os.path.realpath(path)} to download it "
+                    f"again{also}."
+                )
+        if new:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(record, {"sha256": known | new})
+    except errors.DownloadError:
+        raise
+    except OSError as error:
+        raise errors.DownloadError(
+            "Weights from Hugging Face can be read, and their hashes written "
+            f"to {record}. Received: {error}. Set BIT_TF_CACHE to a directory "
+            "with room that can be written, and HF_HOME to one that can be "
+            "read."
+        ) from error
+
+
+def _read_hashes(record: pathlib.Path) -> dict[str, str]:
+    if not record.exists():
+        return {}
+    hashes = _read_json(record).get("sha256")
+    if not isinstance(hashes, dict) or not all(
+        isinstance(digest, str) for digest in hashes.values()
+    ):
+        raise errors.DownloadError(
+            "A record in the cache is JSON with the SHA-256 of files. "
+            f"Received: {record}, which is damaged. Delete it to record them "
+            "anew."
+        )
+    return hashes
+
+
+def _blob(path: pathlib.Path) -> str | None:
+    """The SHA-256 that names what a file is a link to, if one does."""
+    if not path.is_symlink():
+        return None
+    # One step: the blob itself may be a link to a store of other names.
+    blob = pathlib.PurePath(os.readlink(path))
+    is_hash = re.fullmatch("[0-9a-f]{64}", blob.name)
+    return blob.name if is_hash and blob.parent.name == "blobs" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +233,7 @@ class _Place:
         return self.file.with_name(f"{self.file.name}.lock")
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """The URL without user, password, query and fragment.
 
     Raises:
@@ -157,9 +258,9 @@ def _shown(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, netloc, parts.path, "", ""))
 
 
-def _relative(shown: str, name: str | None) -> pathlib.PurePosixPath:
+def _relative(address: str, name: str | None) -> pathlib.PurePosixPath:
     if name is None:
-        path = urllib.parse.urlsplit(shown).path
+        path = urllib.parse.urlsplit(address).path
         name = urllib.parse.unquote(path.rpartition("/")[2])
     relative = pathlib.PurePosixPath(name)
     if (
@@ -171,7 +272,7 @@ def _relative(shown: str, name: str | None) -> pathlib.PurePosixPath:
     ):
         raise errors.DownloadError(
             "A file in the cache has a relative name without '..'. Received: "
-            f"{name!r} for {shown}. Give another one as `name`."
+            f"{name!r} for {address}. Give another one as `name`."
         )
     return relative
 
@@ -195,22 +296,22 @@ def _locked(place: _Place) -> Iterator[None]:
         lock.release()
 
 
-def _checked(place: _Place, shown: str, size: int | None) -> pathlib.Path:
+def _checked(place: _Place, address: str, size: int | None) -> pathlib.Path:
     """The file, after a comparison with its record.
 
     Raises:
       DownloadError: they differ, or the record is of another URL.
     """
     record = _read_record(place)
-    if record["url"] not in (None, shown):
+    if record["url"] not in (None, address):
         raise errors.DownloadError(
             f"{place.file} was downloaded from {record['url']}. Received: "
-            f"{shown}. Use another name or directory for this one, or delete "
+            f"{address}. Use another name or directory for this one, or delete "
             f"the file and {place.record.name}."
         )
     if size not in (None, record["size"]):
         raise errors.DownloadError(
-            f"The file at {shown} has {size} bytes. Received: {place.file} "
+            f"The file at {address} has {size} bytes. Received: {place.file} "
             f"with {record['size']}, according to its record. Delete the file "
             f"and {place.record.name} to download it again."
         )
@@ -232,11 +333,24 @@ def _measure(path: pathlib.Path) -> tuple[int, str]:
         return file.tell(), digest
 
 
+def _junk(path: pathlib.Path) -> str | None:
+    """What a file is if it is certainly not what was asked for."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if not head:
+        return "an empty file"
+    # Byte order marks and the zeros of UTF-16 count as whitespace.
+    text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\f")
+    if text.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page (HTML or XML), as log-in pages of networks are"
+    return None
+
+
 def _read_record(place: _Place) -> dict[str, Any]:
     record = _read_json(place.record)
     if not (
         isinstance(record.get("url", 0), str | None)
-        and isinstance(record.get("size"), int)
+        and type(record.get("size")) is int
         and isinstance(record.get("sha256"), str)
     ):
         raise errors.DownloadError(
@@ -251,7 +365,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a file; {} if it holds anything else, or is not there."""
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, RecursionError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -263,6 +377,11 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 def _record_found(place: _Place, expected: int | None) -> None:
     """Records a file that did not come by a download."""
+    if junk := _junk(place.file):
+        raise errors.DownloadError(
+            f"A file in the cache is a checkpoint. Received: {place.file}, "
+            f"{junk}, which was not downloaded here. Delete it to download it."
+        )
     size, digest = _measure(place.file)
     if expected not in (None, size):
         raise errors.DownloadError(
@@ -295,9 +414,9 @@ class _Part:
       hash: SHA-256 of what has arrived.
     """
 
-    def __init__(self, place: _Place, shown: str, size: int | None):
+    def __init__(self, place: _Place, address: str, size: int | None):
         self.place = place
-        self.shown = shown
+        self.shown = address
         self.size = size
         self.length = 0
         self.total: int | None = None
@@ -325,7 +444,7 @@ class _Part:
         if (
             note.get("url") != self.shown
             or not isinstance(validator, str)
-            or not isinstance(total, int | None)
+            or not (total is None or type(total) is int)
             or (total is not None and self.size not in (None, total))
         ):
             return
@@ -397,6 +516,13 @@ class _Part:
             f"{self.place.file.name} from {self.shown} needs {needed} in "
             f"{self.place.file.parent}. Received: {why}. Make room there, or "
             f"set BIT_TF_CACHE to a directory on a larger disk.{kept}"
+        )
+
+    def refused(self, why: str) -> errors.DownloadError:
+        return errors.DownloadError(
+            f"{self.place.file.name} could not be fetched from {self.shown}: "
+            f"{why}. Check the address and your access to it, or download the "
+            f"file by other means and put it at {self.place.file}."
         )
 
 
@@ -518,18 +644,39 @@ class _Download:
         if part.length and part.validator:
             headers["Range"] = f"bytes={part.length}-"
             headers["If-Range"] = part.validator
+        redirects: list[tuple[str, str]] = []
+
+        def note(response, *args, **options):
+            if response.is_redirect:
+                redirects.append((response.url, response.headers["Location"]))
+
         try:
             return session.get(
-                self._url, headers=headers, stream=True, timeout=self._timeout
+                self._url,
+                headers=headers,
+                stream=True,
+                timeout=self._timeout,
+                hooks={"response": note},
             )
         except requests.TooManyRedirects as error:
-            raise self._refused("it redirects without end") from error
+            raise part.refused("it redirects without end") from error
         except ValueError:
             # Its text, and so the chained traceback, may quote the password.
-            raise self._refused("the address is malformed") from None
+            raise part.refused(_fault(self._url, redirects)) from None
         except requests.RequestException as error:
             root, reason = _reason(error)
+            if rejected := _certificate(error):
+                raise part.refused(
+                    "its certificate could not be verified "
+                    f"({rejected.verify_message}). If your network has a "
+                    "certificate authority of its own, set REQUESTS_CA_BUNDLE "
+                    "to the file of its certificate; otherwise somebody else "
+                    "may be answering"
+                ) from root
             raise _AttemptError(reason) from root
+        except OSError as error:
+            # A REQUESTS_CA_BUNDLE that does not exist.
+            raise part.refused(str(error)) from error
 
     def _begin(self, response) -> None:
         """Judges the headers, and whether the body goes on or starts anew."""
@@ -544,14 +691,14 @@ class _Download:
                 _retry_after(headers.get("Retry-After")),
             )
         if status != 200 and not (status == 206 and part.resumable):
-            raise self._refused(f"it answered {status} {response.reason}")
+            raise self._part.refused(f"it answered {status} {response.reason}")
         kind = headers.get("Content-Type", "").partition(";")[0].strip()
         if kind.lower() in ("text/html", "application/xhtml+xml"):
-            raise self._refused(
+            raise self._part.refused(
                 f"it sent a web page ({kind}), as log-in pages of networks do"
             )
         if headers.get("Content-Encoding", "identity") != "identity":
-            raise self._refused(
+            raise self._part.refused(
                 f"it sent the file encoded: {headers['Content-Encoding']}"
             )
         length = headers.get("Content-Length", "")
@@ -569,18 +716,10 @@ class _Download:
         if part.expected is None and not getattr(
             response.raw, "chunked", False
         ):
-            raise self._refused(
+            raise self._part.refused(
                 "it does not say how long the file is, so that a cut one "
                 "could not be told from a whole one"
             )
-
-    def _refused(self, why: str) -> errors.DownloadError:
-        part = self._part
-        return errors.DownloadError(
-            f"{part.place.file.name} could not be fetched from {part.shown}: "
-            f"{why}. Check the address and your access to it, or download the "
-            f"file by other means and put it at {part.place.file}."
-        )
 
     def _wrong_size(self, size: int | None, received: str):
         part = self._part
@@ -625,12 +764,68 @@ def _reason(error: Exception) -> tuple[BaseException, str]:
     return root, text
 
 
+def _certificate(
+    error: BaseException | None,
+) -> ssl.SSLCertVerificationError | None:
+    """The verification that failed, if that lies behind an error."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _fault(url: str, redirects: list[tuple[str, str]]) -> str:
+    """What is wrong where requests found a setting or address malformed.
+
+    Args:
+      url: where the first request went.
+      redirects: (address, its Location) of each answer that led elsewhere.
+    """
+    import requests
+
+    what = "the address"
+    try:
+        if redirects:
+            what = "it redirects to an address that"
+            url = urllib.parse.urljoin(*redirects[-1])
+            if not re.match("https?:", url, re.IGNORECASE):
+                return f"{what} is not http or https"
+        shown(url)
+        requests.Request("GET", url).prepare()
+        proxies = requests.utils.get_environ_proxies(url)
+        proxy = requests.utils.select_proxy(url, proxies)
+    except (ValueError, errors.DownloadError):
+        proxy = None
+    if proxy is None:
+        return f"{what} is malformed"
+    scheme = urllib.parse.urlsplit(url).scheme
+    names = [
+        name
+        for name, value in os.environ.items()
+        if name.lower() in (f"{scheme}_proxy", "all_proxy") and value == proxy
+    ]
+    where = " and ".join(names) or "the system's settings"
+    if proxy.lower().startswith("socks"):
+        return (
+            f"the proxy set by {where} is one of SOCKS, which needs: "
+            "pip install 'requests[socks]'"
+        )
+    return (
+        f"the proxy set by {where} is not of the form http://host:port or "
+        "https://host:port"
+    )
+
+
 def _finish(place: _Place, part: _Part) -> None:
     """Records a complete part and puts it in place.
 
     Raises:
-      DownloadError: its bytes are not those of the record.
+      DownloadError: its bytes are not those of the record, or junk.
     """
+    if junk := _junk(place.part):
+        part.clear()
+        raise part.refused(f"it sent {junk}")
     digest = part.hash.hexdigest()
     if place.record.exists():
         record = _read_record(place)

@@ -90,7 +90,10 @@ def check(labels, num_classes: int) -> tuple[Label, ...]:
         if (
             not isinstance(label, Label)
             or not label.name.strip()
-            or any(c in "\t\n\r" for c in label.id + label.name)
+            or any(
+                c in "\t\n\r" or "\ud800" <= c <= "\udfff"
+                for c in label.id + label.name
+            )
         ):
             raise ValueError(
                 "A label is one line of text, or a labels.Label. "

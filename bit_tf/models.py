@@ -563,12 +563,12 @@ def load_model(
     """
     checkpoint = published.open_checkpoint(source)
     for note in checkpoint.notes:
-        logging.warning("%s: %s", source, note)
+        logging.warning("%s: %s", published.shown(source), note)
     if checkpoint.extra:
         logging.warning(
             "%s holds arrays that are no part of BiT, and were not used: %s",
-            source,
-            ", ".join(checkpoint.extra),
+            published.shown(source),
+            ", ".join(map(layout.printable, checkpoint.extra)),
         )
     return from_checkpoint(
         checkpoint,
@@ -588,13 +588,17 @@ def from_checkpoint(
     dtype=None,
 ) -> ResNetV2:
     """The model that an opened checkpoint holds; see `load_model`."""
+    if not isinstance(head, bool):
+        raise ValueError(f"head is True or False. Received: {head!r}.")
     known = variants.find_architecture(checkpoint.blocks, checkpoint.stem_width)
     model = ResNetV2(
         checkpoint.blocks,
         checkpoint.stem_width,
         checkpoint.num_classes if head else 0,
-        output_stride=output_stride or checkpoint.facts.output_stride,
-        numerics=numerics or checkpoint.facts.numerics,
+        output_stride=checkpoint.facts.output_stride
+        if output_stride is None
+        else output_stride,
+        numerics=checkpoint.facts.numerics if numerics is None else numerics,
         dtype=dtype,
         name=known.name if known else "resnetv2",
     )

@@ -1,6 +1,8 @@
 """From what somebody writes to a local path: a path, a name, or an address."""
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pathlib
@@ -13,7 +15,7 @@ from bit_tf import cached_download, errors, presets, variants
 if TYPE_CHECKING:
     from bit_tf import checkpoints
 
-__all__ = ["Located", "check", "locate", "open_checkpoint"]
+__all__ = ["Located", "check", "locate", "open_checkpoint", "shown"]
 
 _FILES = (".npz", ".h5", ".safetensors", ".keras", ".pdparams", ".bin", ".pth")
 _HF = "hf://"
@@ -51,15 +53,24 @@ def locate(source: str | os.PathLike[str]) -> Located:
         "hf://owner/name" or "hf://owner/name@revision", any repository on
         Hugging Face, or on $HF_ENDPOINT;
         the URL of a file, whose suffix is that of a checkpoint;
-        any other URL: a TF-Hub handle.
+        any other URL: a TF-Hub handle, from tensorflow_hub's cache, which
+        alone is not compared with its first content.
 
     Raises:
-      DownloadError: what was asked for could not be fetched whole.
+      DownloadError: what was asked for could not be fetched whole, or was
+        changed or damaged since; or $BIT_TF_MODELS_URL is no address.
       UnknownNameError: there is no such file, but a published name is near.
       FileNotFoundError: nothing is at the path.
       HandleError: no model could be fetched from a TF-Hub handle.
       MissingExtraError: huggingface_hub is needed and not installed.
     """
+    if source == "":
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "A checkpoint is given as a path or a name, such as BiT-M-R50x1. "
+            "Received",
+            source,
+        )
     if not isinstance(source, str) or os.path.exists(source):
         return Located(pathlib.Path(source), None)
     if source.startswith(_HF):
@@ -76,6 +87,23 @@ def locate(source: str | os.PathLike[str]) -> Located:
     if row.repository is not None:
         return Located(_hugging_face(row.repository, source), row)
     return Located(_hub(str(row.handle)), row)
+
+
+def shown(source: str | os.PathLike[str]) -> str:
+    """What `locate` takes, as it may be shown and recorded.
+
+    Returns:
+      A URL without user, password, query and fragment, or if it is malformed
+      without all that follows its scheme; any other source as it is.
+    """
+    text = os.fspath(source)
+    url = re.match(r"(?!hf:)[a-z][a-z\d+.-]*://", text, re.IGNORECASE)
+    if not isinstance(source, str) or url is None or os.path.exists(source):
+        return text
+    try:
+        return cached_download.shown(text)
+    except errors.DownloadError:
+        return f"{url[0]}…"
 
 
 def check(
@@ -136,14 +164,29 @@ def open_checkpoint(
     Raises:
       CheckpointFormatError: no reader knows the file, or it is damaged.
       CheckpointMismatchError: what was downloaded is not what its name says.
+        These two name what to delete in order to download a file again.
       and what `locate` raises.
     """
     from bit_tf import checkpoints
 
     located = locate(source)
-    found = checkpoints.read(located.path)
-    facts = (found.blocks, found.stem_width, found.num_classes, located.path)
-    check(located.variant, *facts)
+    try:
+        found = checkpoints.read(located.path)
+        facts = (
+            found.blocks,
+            found.stem_width,
+            found.num_classes,
+            located.path,
+        )
+        check(located.variant, *facts)
+    except errors.CheckpointError as error:
+        record = cached_download.record_of(located.path)
+        if record is None:
+            raise
+        raise type(error)(
+            f"{error}\nTo download the file again, delete both "
+            f"{located.path} and {record}."
+        ) from error
     if located.variant is not None:
         found.facts = _facts(located.variant, found)
     namesake = _row(located.path.name)
@@ -190,7 +233,7 @@ def _require(source: str) -> None:
 
 def _bucket(row: variants.Variant, suffix: str) -> pathlib.Path:
     default = variants.BUCKET.rstrip("/")
-    base = (os.environ.get("BIT_TF_MODELS_URL") or default).rstrip("/")
+    base = _base(os.environ.get("BIT_TF_MODELS_URL") or default)
     folder = "bit_models"
     if base != default:
         folder += f"-{hashlib.sha256(base.encode()).hexdigest()[:8]}"
@@ -200,6 +243,22 @@ def _bucket(row: variants.Variant, suffix: str) -> pathlib.Path:
         size=row.size if suffix == ".npz" else None,
         directory=cached_download.cache_directory() / folder,
         name=name,
+    )
+
+
+def _base(url: str) -> str:
+    """The address of a bucket, without slashes at its end."""
+    with contextlib.suppress(errors.DownloadError):
+        cached_download.shown(url)
+        if not re.search(r"[\s?#]", url):
+            return url.rstrip("/")
+    received = errors.brief(url)
+    if re.search("[@?#]", url):
+        received = "one with '@', '?' or '#', which is not shown"
+    raise errors.DownloadError(
+        "BIT_TF_MODELS_URL is an address of the form https://host[:port]/path, "
+        f"without spaces, '?' and '#'. Received: {received}. Correct or unset "
+        "it."
     )
 
 
@@ -276,9 +335,16 @@ def _hugging_face(address: str, source: str) -> pathlib.Path:
                 "Check the name, the network and HF_HUB_OFFLINE; for a private "
                 "or gated repository, log in with: hf auth login"
             ) from error
-        if any(directory.glob("*.safetensors")) or any(
+        weights = list(directory.glob("*.safetensors")) or list(
             directory.glob("pytorch_model*.bin")
-        ):
+        )
+        if weights:
+            cached_download.compare(
+                weights,
+                cached_download.cache_directory()
+                / "huggingface"
+                / f"{repository.replace('/', '--')}@{directory.name}.json",
+            )
             return directory
     raise errors.DownloadError(
         "Weights on Hugging Face are model.safetensors or pytorch_model.bin, "

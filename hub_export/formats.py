@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 from bit_tf import checkpoints, errors, labels, published
+from bit_tf.checkpoints import checkpoint as checkpoint_module
 from hub_export import sources
 
 __all__ = ["FORMATS", "convert"]
@@ -65,19 +67,17 @@ def convert(
         labels=_labels(checkpoint, class_labels, to) if head else None,
     )
     try:
-        if to == FOLDED:
-            from bit_tf import folded, models
-
-            model = models.from_checkpoint(
-                checkpoint, head=head, numerics=facts.numerics
-            )
-            folded.write(model, target, facts=facts)
+        if to == "transformers":
+            # The writer itself refuses a directory that is not its own.
+            _write(checkpoint, target, to, head, facts)
         else:
-            checkpoints.write(
-                checkpoints.Selection(checkpoint, facts, head=head),
-                target,
-                format=to,
-            )
+            checkpoint_module.require_place(target)
+            with tempfile.TemporaryDirectory(
+                dir=target.parent, prefix=f".{target.name}."
+            ) as directory:
+                staging = pathlib.Path(directory, target.name)
+                _write(checkpoint, staging, to, head, facts)
+                _publish(staging, target, overwrite)
     except OSError as error:
         if isinstance(error, errors.BitTfError):
             raise
@@ -90,6 +90,40 @@ def convert(
         "bytes": _size(target),
         **sources.describe(checkpoint, numerics),
     }
+
+
+def _write(checkpoint, path: pathlib.Path, to: str, head: bool, facts) -> None:
+    if to == FOLDED:
+        from bit_tf import folded, models
+
+        model = models.from_checkpoint(
+            checkpoint, head=head, numerics=facts.numerics
+        )
+        folded.write(model, path, facts=facts)
+        return
+    arrays = checkpoints.Selection(checkpoint, facts, head=head)
+    checkpoints.write(arrays, path, format=to)
+
+
+def _publish(
+    staging: pathlib.Path, target: pathlib.Path, overwrite: bool
+) -> None:
+    """Gives a finished file its name, which another may have taken since."""
+    if overwrite:
+        os.replace(staging, target)
+        return
+    try:
+        # Unlike a rename, a link never replaces anything.
+        os.link(staging, target)
+    except FileExistsError as error:
+        raise errors.ExportError(
+            f"Nothing is written over unless asked. {str(target)!r} appeared "
+            "while it was converted; choose another, or pass overwrite=True "
+            "(--overwrite)."
+        ) from error
+    except OSError:
+        # Some file systems have no links.
+        os.rename(staging, target)
 
 
 def _labels(checkpoint: checkpoints.Checkpoint, class_labels, to: str):

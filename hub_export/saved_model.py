@@ -29,6 +29,16 @@ from hub_export import card, golden, sources
 
 __all__ = ["convert", "export"]
 
+# What a SavedModel's directory holds.
+_OURS = {
+    "assets",
+    "assets.extra",
+    "fingerprint.pb",
+    "keras_metadata.pb",
+    "saved_model.pb",
+    "tfhub_module.pb",
+    "variables",
+}
 INPUT = (
     "RGB pictures [n, height, width, 3] of any size, float32 in [0, 1] or "
     "uint8 in [0, 255]; scaled inside"
@@ -152,7 +162,7 @@ def convert(
         class_labels = checkpoint.facts.labels or "auto"
     provenance = card.Provenance(
         source=checkpoint.path.name,
-        name=os.fspath(source) if not os.path.exists(source) else None,
+        name=None if os.path.exists(source) else published.shown(source),
         sha256=checkpoint.sha256(),
         format=checkpoint.format,
         numerics=checkpoint.facts.numerics,
@@ -222,13 +232,17 @@ def _check_target(path: str | os.PathLike, overwrite: bool) -> None:
             f"A directory is never written over unless asked. {str(target)!r} "
             "exists; choose another, or pass overwrite=True (--overwrite)."
         )
-    ours = target.is_dir() and (
-        (target / "saved_model.pb").is_file() or not any(target.iterdir())
-    )
-    if not ours:
+    names = set()
+    if target.is_dir():
+        names = {entry.name for entry in target.iterdir()}
+        if not names:
+            return
+    if "saved_model.pb" not in names or names - _OURS:
+        others = ", ".join(sorted(names - _OURS)[:5]) or "no saved_model.pb"
         raise errors.ExportError(
-            "Only a SavedModel or an empty directory is written over. "
-            f"{str(target)!r} is neither; choose another path, or remove it."
+            "Only a SavedModel, with nothing of anybody else's in it, or an "
+            f"empty directory is written over. {str(target)!r} is neither "
+            f"({others}); choose another path, or remove it."
         )
 
 

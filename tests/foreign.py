@@ -1,5 +1,6 @@
 """Other programs' checkpoint files, written out by hand."""
 
+import pathlib
 import re
 
 import h5py
@@ -7,7 +8,22 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
+from bit_tf import variants
 from bit_tf.checkpoints import layout, rename
+
+PUBLISHED = [name for name in variants.ARCHITECTURES if name != "testing"]
+CORPORA = pathlib.Path(__file__).parent / "corpora"
+
+
+def corpus(source, architecture):
+    """Names and shapes that another program gives, in its order."""
+    lines = (CORPORA / source / f"{architecture}.txt").read_text().splitlines()
+    found = {}
+    for line in lines:
+        name, shape = line.split(" ")
+        assert name not in found
+        found[name] = tuple(map(int, shape.split(",")))
+    return found
 
 
 def flax(arrays, head="head", prefix=""):

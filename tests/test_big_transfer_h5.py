@@ -1,14 +1,13 @@
 """big_transfer's .h5: names, positions, shapes, and what is refused."""
 
-import pathlib
 import tracemalloc
 
 import h5py
 import helpers
 import numpy as np
 import pytest
+from foreign import PUBLISHED, corpus, weight_name
 from foreign import big_transfer_h5 as write
-from foreign import weight_name
 
 from bit_tf import errors, variants
 from bit_tf.checkpoints import (
@@ -19,8 +18,6 @@ from bit_tf.checkpoints import (
 )
 
 TINY = (1, 1, 1, 1)
-PUBLISHED = [name for name in variants.ARCHITECTURES if name != "testing"]
-CORPORA = pathlib.Path(__file__).parent / "corpora" / "big_transfer_h5"
 KERNEL = "block2/unit01/b/standardized_conv2d/kernel"
 GAMMA = "block3/unit01/c/group_norm/gamma"
 KEPT = {
@@ -118,20 +115,13 @@ def test_the_name_of_the_file_says_nothing(tmp_path):
         assert (read.blocks, read.stem_width) == ((1, 2, 1, 1), 32)
 
 
-def corpus(name):
-    rows = (CORPORA / f"{name}.txt").read_text().split("\n")
-    for row in filter(None, rows):
-        path, shape = row.split(" ")
-        yield path, tuple(map(int, shape.split(",")))
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("by", ["names", "positions"])
 def test_names_that_big_transfers_code_gives(name, by, monkeypatch, path):
     row = variants.ARCHITECTURES[name]
     expected = layout.expected_shapes(row.blocks, row.stem_width, 1000)
     entries, weights = {}, {}
-    for source, shape in corpus(name):
+    for source, shape in corpus("big_transfer_h5", name).items():
         layer = "head/dense" if source[:4] == "head" else source.split("/")[0]
         weight = source.removeprefix(f"{layer}/")
         if by == "positions":

@@ -2,6 +2,7 @@ import contextlib
 import email.utils
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import pathlib
 import random
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -99,6 +101,14 @@ def test_the_cache_directory(monkeypatch, tmp_path):
     if sys.platform == "linux":
         assert cached_download.cache_directory() == tmp_path / "bit-tf"
     assert "bit-tf" in str(cached_download.cache_directory())
+
+
+def test_a_home_of_nobody(server, monkeypatch):
+    monkeypatch.setenv("BIT_TF_CACHE", "~nobody-has-this-name/x")
+    with pytest.raises(errors.DownloadError, match="BIT_TF_CACHE") as caught:
+        fetch(server)
+    assert "'~nobody-has-this-name/x'" in str(caught.value)
+    assert server.seen == []
 
 
 def test_names_and_directories(server, cache, tmp_path):
@@ -342,6 +352,106 @@ def test_redirects(server, cache):
         fetch(server, "/again/other.npz", name="other.npz")
 
 
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        ("file:///etc/passwd", "redirects to an address that is not http or"),
+        ("ftp://127.0.0.1/x", "redirects to an address that is not http or"),
+        ("http://[::1/hush", "redirects to an address that is malformed"),
+        ("http://127.0.0.1:hush/x", "redirects to an address that is malforme"),
+        ("http://127.0.0.1:99999/", "redirects to an address that is malforme"),
+    ],
+)
+def test_redirects_to_nowhere(server, cache, location, told):
+    server.replies = [
+        Reply(status=302, headers={"Location": PATH}),
+        Reply(status=302, headers={"Location": location}),
+    ]
+    error = refused(server, cache, told)
+    assert "hush" not in str(error)
+    assert error.__cause__ is None
+    assert error.__suppress_context__
+    assert len(server.seen) == 2
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """Sets one variable of proxies, and no other."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    return monkeypatch.setenv
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("nonsense://[", "not of the form"),
+        ("http://hush:hush@[::1", "not of the form"),
+        ("http://", "not of the form"),
+        ("hush:hush", "not of the form"),
+        ("ftp://hush:1", "not of the form"),
+        ("socks5://hush@127.0.0.1:9", r"requests\[socks\]"),
+    ],
+)
+def test_proxies_that_cannot_be(server, cache, proxy, name, value, told):
+    if value.startswith("socks") and importlib.util.find_spec("socks"):
+        pytest.skip("PySocks is here; uninstall it to see its lack reported")
+    proxy(name, value)
+    error = refused(server, cache, f"the proxy set by {name} is .*{told}")
+    assert "hush" not in str(error)
+    assert "address is malformed" not in str(error)
+    assert server.seen == []
+
+
+def test_proxies_are_not_blamed_for_addresses(server, cache, proxy):
+    proxy("http_proxy", server.url)
+    with pytest.raises(errors.DownloadError, match="address is malformed"):
+        cached_download.cached("http://*hush/x.npz")
+    # Nor are those that do not matter.
+    proxy("http_proxy", "http://[")
+    proxy("no_proxy", "127.0.0.1,a..b")
+    with pytest.raises(errors.DownloadError, match="address is malformed"):
+        cached_download.cached("http://a..b/x.npz")
+    assert fetch(server).read_bytes() == BODY
+    proxy("no_proxy", "127.0.0.1")
+    server.replies = [Reply(status=302, headers={"Location": "http://h/x"})]
+    with pytest.raises(errors.DownloadError, match="set by http_proxy is"):
+        fetch(server, "/other.npz")
+
+
+def test_certificates_are_final(server, cache, tmp_path, monkeypatch):
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs openssl for a certificate: apt-get install openssl")
+    options = (
+        "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 "
+        "-addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem"
+    )
+    subprocess.run(
+        [openssl, *options.split()],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.url = server.url.replace("http:", "https:")
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(time, "sleep", None)
+    error = refused(server, cache, r"not be verified \(self.signed certif")
+    assert "REQUESTS_CA_BUNDLE" in str(error)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    error = refused(server, cache, r"CA certificate bundle.*none\.pem")
+    assert "BIT_TF_CACHE" not in str(error)
+    assert server.seen == []
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    assert fetch(server).read_bytes() == BODY
+
+
 def test_another_size_is_refused_before_the_body(server, cache):
     error = refused(server, cache, str(len(BODY)), size=10)
     assert " 10 bytes" in str(error)
@@ -393,6 +503,45 @@ def test_a_web_page_is_no_checkpoint(server, cache, kind):
     refused(server, cache, "web page")
     assert fetch(server).read_bytes() == BODY
     assert server.seen[-1].range is not None
+
+
+JUNK = {
+    "empty": b"",
+    "html": b"<html>log in</html>",
+    "doctype": b"\xef\xbb\xbf \r\n<!DOCTYPE html><p>log in",
+    "xml": b"\n\n<?XML version='1.0'?><Error/>",
+    "utf-16": "\ufeff<HTML>log in".encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("kind", JUNK)
+@pytest.mark.parametrize("chunks", [False, True])
+def test_junk_is_neither_kept_nor_recorded(server, cache, kind, chunks):
+    body, octets = JUNK[kind], {"Content-Type": "application/octet-stream"}
+    reply = Reply(status=200, body=body, headers=octets)
+    if chunks:
+        reply = chunked([body[i : i + 1] for i in range(len(body))])
+    server.replies = [reply]
+    refused(server, cache, "empty" if kind == "empty" else "web page")
+    assert names(cache) == []
+    assert len(server.seen) == 1
+    assert fetch(server).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("kind", JUNK)
+def test_junk_put_there_by_hand_is_not_recorded(server, cache, kind):
+    cache.mkdir()
+    (cache / NAME).write_bytes(JUNK[kind])
+    with pytest.raises(errors.DownloadError, match="Delete it to download"):
+        fetch(server)
+    assert names(cache) == [NAME]
+
+
+def test_what_begins_like_a_web_page_later_is_none(server, cache):
+    for index, body in enumerate((b"x<html>", b"<", b"\0\0", b"<htm")):
+        path = f"/{index}.npz"
+        server.bodies[path] = body
+        assert fetch(server, path).read_bytes() == body
 
 
 def test_encoded_files_are_refused(server, cache):
@@ -514,6 +663,8 @@ def test_a_killed_process_left_all_of_it(server, cache, monkeypatch):
         ("validator", None),
         ("total", 7),
         ("total", "many"),
+        ("total", True),
+        ("nested", None),
         (None, None),
     ],
 )
@@ -521,6 +672,8 @@ def test_a_part_that_does_not_fit_is_dropped(server, cache, key, value):
     cache.mkdir()
     note = {"url": server.url + PATH, "validator": '"1"', "total": len(BODY)}
     text = json.dumps(note | {key: value}) if key else "{damaged"
+    if key == "nested":
+        text = "[" * 100_000
     (cache / f"{NAME}.part").write_bytes(b"not the beginning")
     (cache / f"{NAME}.part.json").write_text(text)
     assert fetch(server).read_bytes() == BODY
@@ -635,11 +788,23 @@ def test_a_damaged_file_in_the_cache(server, cache, damage):
     assert fetch(server).read_bytes() == BODY
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"url": 1}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"url": 1}',
+        "{",
+        "[" * 100_000,
+        '{"url": null, "size": true, "sha256": ""}',
+    ],
+    ids=range(7),
+)
 def test_a_damaged_record(server, cache, text):
     fetch(server)
     (cache / f"{NAME}.json").write_text(text)
-    with pytest.raises(errors.DownloadError, match="record"):
+    with pytest.raises(errors.DownloadError, match="A record in the cache is"):
         fetch(server)
 
 
@@ -662,6 +827,77 @@ def test_a_file_put_there_by_hand(server, cache):
         fetch(server)
 
 
+def linked(folder, name, data, blob, chain=False):
+    """A file as huggingface_hub keeps it."""
+    blobs = folder / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    if chain:
+        (folder / "store").mkdir()
+        (folder / "store" / sha256(b"other")).write_bytes(data)
+        (blobs / blob).symlink_to(folder / "store" / sha256(b"other"))
+    else:
+        (blobs / blob).write_bytes(data)
+    path = folder / "snapshots" / "commit" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(os.path.relpath(blobs / blob, path.parent))
+    return path
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_blobs_are_compared_with_their_names(tmp_path, chain):
+    path = linked(tmp_path, "a.safetensors", BODY, sha256(BODY), chain)
+    record = tmp_path / "cache" / "record.json"
+    cached_download.compare([path], record)
+    path.write_bytes(BODY[:-1] + b"?")
+    with pytest.raises(errors.DownloadError, match=sha256(BODY)) as caught:
+        cached_download.compare([path], record)
+    assert f"Delete {path.resolve()} to" in str(caught.value)
+    assert not record.parent.exists()
+
+
+def test_other_files_are_compared_with_their_first_content(tmp_path):
+    """Small ones, copies, and links elsewhere than to blobs."""
+    first = linked(tmp_path, "a.bin", b"1", "0" * 40)
+    copy = first.with_name("b.bin")
+    copy.write_bytes(b"2")
+    elsewhere = first.with_name("c.bin")
+    (tmp_path / sha256(b"?")).write_bytes(b"3")
+    elsewhere.symlink_to(tmp_path / sha256(b"?"))
+    record = tmp_path / "cache" / "huggingface" / "a--b@commit.json"
+    cached_download.compare([first, copy], record)
+    cached_download.compare([elsewhere], record)
+    hashes = {"a.bin": b"1", "b.bin": b"2", "c.bin": b"3"}
+    assert json.loads(record.read_text()) == {
+        "sha256": {name: sha256(data) for name, data in hashes.items()}
+    }
+    for path in (first, copy, elsewhere):
+        cached_download.compare([path], record)
+        path.write_bytes(b"4")
+        with pytest.raises(errors.DownloadError, match=path.name) as caught:
+            cached_download.compare([path], record)
+        assert f"Delete {path.resolve()} to" in str(caught.value)
+        assert f"delete {record} as well" in str(caught.value)
+    for text in ("", "[]", "{}", '{"sha256": {"a.bin": 1}}', "[" * 100_000):
+        record.write_text(text)
+        with pytest.raises(errors.DownloadError, match="is damaged") as caught:
+            cached_download.compare([first], record)
+        assert str(record) in str(caught.value)
+    with pytest.raises(errors.DownloadError, match="BIT_TF_CACHE"):
+        cached_download.compare([first], first / "record.json")
+    with pytest.raises(errors.DownloadError, match="No such file"):
+        cached_download.compare([tmp_path / "none"], tmp_path / "record.json")
+
+
+def test_the_record_of_a_file(server, cache, tmp_path):
+    path = fetch(server)
+    assert cached_download.record_of(path) == cache / f"{NAME}.json"
+    for folder in (tmp_path, "/", ".", ""):
+        assert cached_download.record_of(folder) is None
+    (tmp_path / "own.npz").write_bytes(b"x")
+    (tmp_path / "own.npz.json").write_text("{}")
+    assert cached_download.record_of(tmp_path / "own.npz") is None
+
+
 def test_a_cache_that_cannot_be(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("BIT_TF_CACHE", str(tmp_path / "file" / "cache"))
@@ -678,8 +914,10 @@ def test_a_cache_of_somebody_else(server, tmp_path):
     fetch(server, directory=shared)
     empty.mkdir()
     root = os.geteuid() == 0
-    for parent in list(tmp_path.parents)[:2] if root else []:
-        parent.chmod(0o755)
+    for parent in tmp_path.parents if root else []:
+        # pytest's own folders.
+        if parent.stat().st_mode & 0o777 == 0o700:
+            parent.chmod(0o755)
     for folder in (tmp_path, shared, empty):
         folder.chmod(0o555)
     if root:

@@ -287,3 +287,40 @@ def test_overwrite_spares_what_is_not_a_saved_model(call, small_npz, tmp_path):
         assert "is neither" in err
     assert (mine / "thesis.txt").read_text() == "years"
     assert checkpoint.read_bytes() == small_npz.read_bytes()
+
+
+def test_a_signal_that_a_callback_loses_stops_the_program(tmp_path):
+    code = """
+import os, signal, sys, time, types, weakref
+from bit_tf.commands import program
+
+class Thing:
+    pass
+
+def lost(reference):
+    os.kill(os.getpid(), {number})
+    time.sleep(0.01)
+
+def run(args):
+    thing = Thing()
+    reference = weakref.ref(thing, lost)
+    del thing
+    for _ in range(200):
+        time.sleep(0.05)
+    open({path!r}, "w").close()
+    return 0
+
+def register(subparsers):
+    subparsers.add_parser("go").set_defaults(run=run)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+program.run("x", "y", [types.SimpleNamespace(register=register)])
+"""
+    path = tmp_path / "done"
+    for number, expected in ((15, 143), (2, 1)):
+        script = code.format(number=number, path=str(path))
+        process = subprocess.run(
+            [sys.executable, "-c", script, "go"], capture_output=True
+        )
+        assert process.returncode == expected, process.stderr
+        assert not path.exists()

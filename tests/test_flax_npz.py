@@ -1,7 +1,6 @@
 """Flax parameters in .npz files: big_vision's and bit_jax's."""
 
 import os
-import pathlib
 import random
 import tracemalloc
 import zipfile
@@ -9,14 +8,13 @@ import zipfile
 import helpers
 import numpy as np
 import pytest
-from foreign import flax
+from foreign import corpus, flax
 
-from bit_tf import errors, variants
-from bit_tf.checkpoints import flax_npz, google_npz, layout, rename
+from bit_tf import errors
+from bit_tf.checkpoints import flax_npz, google_npz
 
 FORMAT = errors.CheckpointFormatError
 MISMATCH = errors.CheckpointMismatchError
-CORPORA = pathlib.Path(__file__).parent / "corpora"
 
 GAMMA = "block1/unit01/b/group_norm/gamma"
 NORM = "block1/unit01/gn2/scale"
@@ -164,44 +162,13 @@ def test_other_names_are_extra(path):
     assert read.notes == ()
 
 
-@pytest.mark.parametrize(
-    ("corpus", "head", "scheme"),
-    [
-        ("flax_big_vision", "head/kernel", rename.BIG_VISION),
-        ("flax_bit_jax", "conv_head/kernel", rename.BIT_JAX),
-    ],
-)
-@pytest.mark.parametrize(
-    "architecture", [name for name in variants.ARCHITECTURES if "x" in name]
-)
-def test_corpora_map_one_to_one(corpus, head, scheme, architecture):
-    row = variants.ARCHITECTURES[architecture]
-    found = {}
-    text = (CORPORA / corpus / f"{architecture}.txt").read_text()
-    for line in text.splitlines():
-        name, shape = line.split()
-        shape = tuple(map(int, shape.split(",")))
-        found[name.removeprefix("params/")] = shape
-    assert head in found
-    expected = layout.expected_shapes(row.blocks, row.stem_width, 1000)
-    assert {
-        scheme.canonical(name): scheme.shape(scheme.canonical(name), shape)
-        for name, shape in found.items()
-    } == expected
-    assert {
-        scheme.spell(name): scheme.stored_shape(name, shape)
-        for name, shape in expected.items()
-    } == found
-
-
 def test_the_names_are_those_of_the_corpora():
     arrays = helpers.random_arrays((1, 2, 1, 3), 32, 1000)
-    for corpus, head, prefix in (
+    for source, head, prefix in (
         ("flax_big_vision", "head", "params/"),
         ("flax_bit_jax", "conv_head", ""),
     ):
-        text = (CORPORA / corpus / "R50x1.txt").read_text()
-        known = {line.split()[0] for line in text.splitlines()}
+        known = corpus(source, "R50x1").keys()
         assert flax(arrays, head, prefix).keys() < known
 
 

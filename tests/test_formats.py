@@ -177,8 +177,7 @@ def test_facts_travel(target, numerics, preset, arrays, tmp_path):
     assert found.output_stride == 16
     if preset:
         assert found.preset == facts.preset
-    if target != "npz":
-        assert found.labels == NAMES
+    assert found.labels == NAMES
     assert bit_tf.load_model(path).numerics == numerics
 
 
@@ -263,6 +262,65 @@ def test_arrays_are_converted_without_tensorflow(small_npz, tmp_path):
         )
         assert run.returncode == 0, run.stderr
         source = target
+
+
+@pytest.mark.parametrize("format", [*checkpoints.FORMATS, "keras-folded"])
+def test_what_appears_meanwhile_is_not_replaced(
+    format, small_npz, tmp_path, monkeypatch
+):
+    target = tmp_path / "x.keras"
+    write = formats._write
+
+    def slow(*args):
+        write(*args)
+        # As another conversion to the same path that was faster.
+        if format == "transformers":
+            target.mkdir(exist_ok=True)
+        (target / "x" if format == "transformers" else target).write_text("x")
+
+    monkeypatch.setattr(formats, "_write", slow)
+    if format == "transformers":
+        (target).mkdir()
+        (target / "x").write_text("x")
+    with pytest.raises(errors.ExportError):
+        formats.convert(small_npz, target, format)
+    found = target / "x" if format == "transformers" else target
+    assert found.read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.keras"]
+
+
+def test_options_of_savedmodels_alone(call, small_npz, tmp_path):
+    for option in (("--l2", "0.1"), ("--probabilities", "sigmoid")):
+        code, _, err = call(
+            *("hub-export", "convert", small_npz, tmp_path / "a.npz"),
+            *("--to", "npz", *option),
+        )
+        assert code == 2
+        assert "--to savedmodel" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_savedmodel_with_strangers_is_not_replaced(small_npz, tmp_path):
+    path = tmp_path / "hub"
+    path.mkdir()
+    (path / "saved_model.pb").write_bytes(b"")
+    (path / "notes.txt").write_text("precious")
+    with pytest.raises(errors.ExportError, match=r"notes\.txt"):
+        saved_model.convert(small_npz, path, overwrite=True)
+    assert (path / "notes.txt").read_text() == "precious"
+
+
+def test_an_npz_has_no_room_for_many_long_labels(tmp_path, caplog):
+    arrays = helpers.random_arrays((1, 1, 1, 1), 32, 1000)
+    names = tuple(labels.Label("", f"{i} " + "long " * 20) for i in range(1000))
+    path = tmp_path / "a.npz"
+    checkpoints.write(arrays, path, facts=Facts("timm", labels=names))
+    assert "are not kept" in caplog.text
+    assert checkpoints.read(path).facts == Facts("timm")
+    known = labels.label_set("ilsvrc2012")
+    checkpoints.write(arrays, tmp_path / "b.npz")
+    checkpoints.write(arrays, path, facts=Facts(labels=known))
+    assert path.read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 def test_a_conversion_spares_its_source(small_npz, tmp_path):

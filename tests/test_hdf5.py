@@ -384,7 +384,19 @@ def test_huge_shapes_are_refused_before_any_memory(path):
         )
         x.id.write_direct_chunk((0,), bytes(4000))
 
-    for fill in (unwritten, chunked, partly, bomb, swollen):
+    def oversized(file):
+        # A megabyte stored, a gigabyte to inflate, for 16 bytes.
+        x = file.create_dataset(
+            "layer/x",
+            (4,),
+            "f4",
+            maxshape=(None,),
+            chunks=(2**28,),
+            compression="gzip",
+        )
+        x.id.write_direct_chunk((0,), bytes(2**21))
+
+    for fill in (unwritten, chunked, partly, bomb, swollen, oversized):
         make(path, fill)
         tracemalloc.start()
         refused(path, "layer/x")

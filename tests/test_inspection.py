@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import helpers
 import numpy as np
@@ -115,3 +118,46 @@ def test_a_file_of_another_architecture_than_its_name(call, tmp_path):
     assert code == 0
     assert "'BiT-S-R50x3' is R50x3 with 1000 classes" in note
     assert "testing with 10 classes" in note
+
+
+def test_values_beyond_float32(call, tmp_path, small_arrays):
+    path = tmp_path / "wide.npz"
+    wide = {name: a.astype(np.float64) for name, a in small_arrays.items()}
+    wide[GAMMA][:2] = 1e308, -1e308
+    np.savez(path, **{f"resnet/{name}": array for name, array in wide.items()})
+    code, out, err = call("bit-tf", "inspect", path, "--json")
+    assert code == 1
+    assert "RuntimeWarning" not in err
+    report = json.loads(out, parse_constant=pytest.fail)
+    (row,) = [row for row in report["arrays"] if row["infinite"]]
+    assert (row["name"], row["infinite"]) == (GAMMA, 2)
+    assert row["max"] < 1e10
+
+
+def test_names_that_would_move_the_cursor(call, tmp_path, small_arrays):
+    path = tmp_path / "odd.npz"
+    spelled = {f"resnet/{name}": a for name, a in small_arrays.items()}
+    np.savez(path, **spelled, **{"a\x1b[2J\nfile: /etc": np.zeros(1)})
+    for arguments in (
+        ("bit-tf", "inspect", path),
+        ("hub-export", "convert", path, tmp_path / "x.npz", "--to", "npz"),
+    ):
+        code, out, err = call(*arguments)
+        assert code == 0, err
+        assert "\x1b" not in out + err
+        assert "\nfile: /etc" not in out + err
+        assert r"a\x1b[2J\nfile: /etc" in out + err
+
+
+def test_a_terminal_without_unicode(small_npz):
+    run = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "from bit_tf.commands import main; main()",
+            *("inspect", small_npz, "--no-values"),
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert rb"7\xd77\xd73\xd732" in run.stdout

@@ -240,7 +240,7 @@ def test_a_file_may_have_a_published_name(small_npz, tmp_path, monkeypatch):
     assert bit_tf.load_model("BiT-M-R50x1").num_classes == 10
 
 
-def test_errors(small):
+def test_errors(small, small_npz):
     for name in (None, 5, ["R50x1"]):
         with pytest.raises(errors.UnknownNameError, match="R50x1"):
             bit_tf.create_model(name)
@@ -262,5 +262,8 @@ def test_errors(small):
         bit_tf.load_model("no such file.npz")
     with pytest.raises(errors.UnknownNameError, match="google"):
         bit_tf.create_model("testing", numerics="gogle")
+    for options in ({"output_stride": 0}, {"head": "none"}, {"numerics": ""}):
+        with pytest.raises(ValueError, match="Received"):
+            bit_tf.load_model(small_npz, **options)
     with pytest.raises(errors.UnknownNameError, match="mean 'BiT-M-R50x1'"):
         bit_tf.load_model("BiT-M-R50-x1")

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 from foreign import paddle as spelled
 
-from bit_tf import errors, variants
+from bit_tf import errors
 from bit_tf.checkpoints import layout, paddle, rename, restricted_pickle
 
 FORMAT = errors.CheckpointFormatError
 MISMATCH = errors.CheckpointMismatchError
-CORPORA = pathlib.Path(__file__).parent / "corpora" / "transformers"
 PROTOCOLS = (2, 3, 4, 5)
 TABLE = "StructuredToParameterName@@"
 SLICED = "UnpackBigParamInfor@@"
@@ -200,31 +199,6 @@ def test_bytes_written_by_hand(path):
     assert same(paddle.read(path), TINY)
 
 
-@pytest.mark.parametrize("architecture", variants.ARCHITECTURES)
-def test_corpora_map_one_to_one(architecture):
-    row = variants.ARCHITECTURES[architecture]
-    file = CORPORA / f"{architecture}.txt"
-    if not file.exists():
-        assert architecture == "testing"
-        return
-    found = {}
-    for line in file.read_text().splitlines():
-        name, shape = line.split()
-        shape = tuple(map(int, shape.split(",")))
-        # PaddlePaddle's Linear keeps (in, out), torch's (out, in).
-        found[name] = shape[::-1] if name == HEAD else shape
-    expected = layout.expected_shapes(row.blocks, row.stem_width, 1000)
-    scheme = rename.PADDLE
-    assert {
-        scheme.canonical(name): scheme.shape(scheme.canonical(name), shape)
-        for name, shape in found.items()
-    } == expected
-    assert {
-        scheme.spell(name): scheme.stored_shape(name, shape)
-        for name, shape in expected.items()
-    } == found
-
-
 def test_r50x1_is_opened_without_its_data(path):
     shapes = layout.expected_shapes((3, 4, 6, 3), 64, 1000)
     with open(path, "wb") as file:
@@ -279,11 +253,11 @@ def test_a_file_that_changes_meanwhile(path):
     assert read[name].any()
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    with pytest.raises(FORMAT, match=f"{ROOT} cannot be read: .* changed"):
+    with pytest.raises(FORMAT, match=f"{ROOT}.* was. Open it again"):
         read[name]
     path.write_bytes(data)
     os.utime(path, ns=(0, 0))
-    with pytest.raises(FORMAT, match="changed"):
+    with pytest.raises(FORMAT, match="Open it again"):
         read[name]
 
 
@@ -784,7 +758,7 @@ def test_text_that_stands_for_bytes_is_counted(path):
 
 def test_keys_whose_hash_takes_for_ever(path):
     doubled = b"".join(
-        b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(200)
+        b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(90)
     )
     path.write_bytes(opcodes(b"})", doubled, b"Ns"))
     with pytest.raises(FORMAT, match="keys are text"):
@@ -795,9 +769,13 @@ def test_keys_whose_hash_takes_for_ever(path):
 
 
 def test_deep_nesting(path):
-    path.write_bytes(opcodes(b")", b"\x85" * 300_000))
+    path.write_bytes(opcodes(b")", b"\x85" * 99))
     with pytest.raises(FORMAT, match="holds a dictionary"):
         paddle.read(path)
+    for deeper in (b")" + b"\x85" * 100, b"]" * 101 + b"a" * 100):
+        path.write_bytes(opcodes(deeper))
+        with pytest.raises(FORMAT, match="more than 100 deep"):
+            paddle.read(path)
     path.write_bytes(opcodes(b"(" * 300_000))
     with pytest.raises(FORMAT, match="damaged"):
         paddle.read(path)

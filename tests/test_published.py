@@ -33,6 +33,7 @@ REPOSITORIES = {
         "model-00002-of-00002.safetensors": b"two",
         "tf_model.h5": b"other",
     },
+    "some/lfs": {"config.json": b"{}", "model.safetensors": b"big" * 1000},
     "some/empty": {"config.json": b"{}", "flax_model.msgpack": b"other"},
 }
 REFUSALS = {
@@ -149,6 +150,58 @@ def test_the_bucket_and_its_mirrors_are_kept_apart(server, cache, monkeypatch):
     assert {options["name"] for _, options in calls} == {f"{name}.npz"}
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        "nonsense",
+        "ftp://x/",
+        "file:///tmp",
+        "http://",
+        "https://[",
+        "http://h:port",
+        " http://h/",
+        "http://h/a b",
+        "http://h/?token=hush",
+        "http://h/#hush",
+        "http://user:hush@[::1",
+        "user:hush@h/x",
+    ],
+)
+def test_a_bucket_that_cannot_be(cache, monkeypatch, base):
+    monkeypatch.setenv("BIT_TF_MODELS_URL", base)
+    with pytest.raises(errors.DownloadError, match="BIT_TF_MODELS_URL") as e:
+        published.locate("BiT-M-R50x1")
+    assert "hush" not in str(e.value)
+    assert "hush" in base or repr(base) in str(e.value)
+    assert not cache.exists()
+
+
+def test_a_bucket_with_a_password(server, cache, monkeypatch):
+    base = server.url.replace("http://", "HTTP://user:hush@") + "//"
+    monkeypatch.setenv("BIT_TF_MODELS_URL", base)
+    server.bodies["/BiT-M-R50x1.npz"] = b"x"
+    assert published.locate("BiT-M-R50x1").path.read_bytes() == b"x"
+    assert server.seen[0].headers["authorization"].startswith("Basic ")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("https://u:hush@H.org:8/a/m.npz?t=hush#x", "https://h.org:8/a/m.npz"),
+        ("HTTP://hush@[::1]/m.npz", "http://[::1]/m.npz"),
+        ("http://u:hu/sh@h/m.npz", "http://…"),
+        ("https://user:hush@[::1", "https://…"),
+        ("ftp://user:hush@h/m.npz", "ftp://…"),
+        ("hf://owner/name@v1", "hf://owner/name@v1"),
+        ("BiT-M-R50x1", "BiT-M-R50x1"),
+        ("a?b#c@d.npz", "a?b#c@d.npz"),
+        (pathlib.Path("a?b.npz"), "a?b.npz"),
+    ],
+)
+def test_sources_are_shown_without_secrets(source, told):
+    assert published.shown(source) == told
+
+
 def test_every_file_of_the_bucket_has_its_published_address(cache, monkeypatch):
     monkeypatch.setattr(
         published.cached_download,
@@ -192,6 +245,11 @@ def test_near_misses(cache, source):
 def test_near_misses_name_the_right_one(cache):
     with pytest.raises(errors.UnknownNameError, match="'BiT-M-R50x1'"):
         published.locate("bit-m-r50x1")
+
+
+def test_nothing_at_all(cache):
+    with pytest.raises(FileNotFoundError, match=r"a path or a name.*: ''$"):
+        published.locate("")
 
 
 @pytest.mark.parametrize("source", ["weights.npz", "/no/such/path", "a\0b"])
@@ -291,7 +349,12 @@ class HubServer(file_server.FileServer):
             "siblings": [{"rfilename": file} for file in files],
         }
         tree = [
-            {"type": "file", "path": f, "size": len(data), "oid": _oid(data)}
+            {
+                "type": "file",
+                "path": f,
+                "size": len(data),
+                "oid": _oid(name, data),
+            }
             for f, data in files.items()
         ]
         api = f"/api/models/{name}"
@@ -303,10 +366,12 @@ class HubServer(file_server.FileServer):
         for file, data in files.items():
             path = f"/{name}/resolve/{REVISION}/{file}"
             self.bodies[path] = data
-            self.etags[path] = f'"{_oid(data)}"'
+            self.etags[path] = f'"{_oid(name, data)}"'
 
 
-def _oid(data):
+def _oid(name, data):
+    if name == "some/lfs":
+        return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -389,7 +454,12 @@ def test_hugging_face(hugging_face, cache):
     assert not [target for target in asked if "flax_model" in target]
     assert not [target for target in asked if "README" in target]
     assert stderr == ""
-    assert not cache.exists()
+    records = sorted(path.name for path in (cache / "huggingface").iterdir())
+    assert records == [
+        f"google--bit-50@{REVISION}.json",
+        f"some--sharded@{REVISION}.json",
+        f"timm--resnetv2_50x1_bit.goog_in21k@{REVISION}.json",
+    ]
     # What was fetched once is there without a network.
     hugging_face.seen.clear()
     again, _ = locate(
@@ -399,6 +469,38 @@ def test_hugging_face(hugging_face, cache):
     assert again[sources[1]] == found[sources[1]]
     assert "HF_HUB_OFFLINE" in again["hf://some/new"][1]
     assert hugging_face.seen == []
+
+
+@pytest.mark.parametrize("name", ["some/lfs", "some/sharded"])
+def test_hugging_face_is_compared_ever_after(
+    hugging_face, cache, tmp_path, name
+):
+    source = f"hf://{name}"
+    assert locate(source)[0][source][0] == sorted(
+        set(REPOSITORIES[name]) - {"tf_model.h5"}
+    )
+    record = cache / "huggingface" / f"some--sharded@{REVISION}.json"
+    assert record.exists() == (name == "some/sharded")
+    (file,) = (
+        path
+        for path in (tmp_path / "hf").glob(f"**/snapshots/{REVISION}/*")
+        if path.name.startswith("model") and "2-of" not in path.name
+        if path.suffix == ".safetensors"
+    )
+    data = bytearray(file.read_bytes())
+    data[1] ^= 1
+    file.write_bytes(data)
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        kind, message = locate(source, **environment)[0][source]
+        assert kind == "DownloadError"
+        assert "changed or damaged" in message
+        assert f"Delete {file.resolve()} to" in message
+        assert hashlib.sha256(data).hexdigest() in message
+    file.resolve().unlink()
+    kind, _ = locate(source)[0][source]
+    assert isinstance(kind, list)
+    data[1] ^= 1
+    assert file.read_bytes() == data
 
 
 def test_hugging_face_that_is_not_there(hugging_face, cache):
@@ -414,6 +516,32 @@ def test_hugging_face_needs_an_extra(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(errors.MissingExtraError, match=r"bit-tf\[huggingface"):
         published.locate("google/bit-50")
+
+
+def test_how_a_bad_download_is_got_rid_of(server, bucket, small_npz, tmp_path):
+    """What is no checkpoint, or another one, may once have been sent."""
+    url, good = f"{server.url}/m.npz", small_npz.read_bytes()
+    server.bodies["/m.npz"] = good
+    server.replies = [Reply(status=200, body=b"busy, come later")]
+    with pytest.raises(errors.CheckpointFormatError) as caught:
+        published.open_checkpoint(url)
+    path = published.locate(url).path
+    assert f"delete both {path} and {path}.json" in str(caught.value)
+    path.unlink()
+    path.with_name(f"{path.name}.json").unlink()
+    assert published.open_checkpoint(url).num_classes == 10
+    server.bodies["/mirror/BiT-M-R50x1.npz"] = good
+    with pytest.raises(errors.CheckpointMismatchError) as caught:
+        published.open_checkpoint("BiT-M-R50x1")
+    path = bucket / "BiT-M-R50x1.npz"
+    assert f"delete both {path} and {path}.json" in str(caught.value)
+    assert path.exists()
+    # A file of one's own has no record.
+    own = tmp_path / "own.npz"
+    own.write_bytes(b"damaged")
+    with pytest.raises(errors.CheckpointFormatError) as caught:
+        published.open_checkpoint(own)
+    assert "delete both" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +596,21 @@ def test_what_is_known_of_published_weights(
     facts = published.open_checkpoint(name).facts
     assert facts.preset == (preset and presets.PRESETS[preset])
     assert facts.numerics == "google"
+
+
+def test_no_password_gets_into_an_export(
+    server, cache, small_npz, tmp_path, call
+):
+    server.bodies["/m.npz"] = small_npz.read_bytes()
+    url = server.url.replace("://", "://user:s3cret@") + "/m.npz?token=s3cret"
+    code, out, err = call("hub-export", "convert", url, tmp_path / "hub")
+    assert code == 0, err
+    assert "s3cret" not in out + err
+    for path in (tmp_path / "hub", cache):
+        for file in path.rglob("*"):
+            assert not file.is_file() or b"s3cret" not in file.read_bytes()
+    provenance = tmp_path / "hub" / "assets.extra" / "provenance.json"
+    assert json.loads(provenance.read_text())["name"] == server.url + "/m.npz"
 
 
 def test_a_published_name_is_converted(server, bucket, tmp_path, call):

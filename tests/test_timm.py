@@ -283,6 +283,8 @@ def test_what_no_preset_can_say_is_a_note(path, changes, words):
         ({"input_size": [3, -448, -448]}, "input_size"),
         ({"crop_pct": 0}, "crop_pct"),
         ({"crop_pct": True}, "crop_pct"),
+        ({"crop_pct": 1e-310}, "crop_pct"),
+        ({"crop_pct": 10**400}, "crop_pct"),
         ({"crop_pct": 1e-9}, "crop_pct|preset"),
         ({"pretrained_cfg": [1]}, "pretrained_cfg"),
         ({"label_names": [1, 2]}, "label_names"),
@@ -463,6 +465,36 @@ def test_half_precision_and_a_parallel_prefix(tmp_path, arrays):
         pytorch.read(path)
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "timm_model.", "module._orig_mod."],
+)
+def test_what_wraps_a_network_is_passed_over(tmp_path, arrays, prefix):
+    tensors = {
+        f"{prefix}{name}": array for name, array in stored(arrays).items()
+    }
+    found = pytorch.read(place(tmp_path / "x.safetensors", tensors))
+    assert found.notes == (f"Passed over, before every name: {prefix}",)
+    assert found.sources[KERNEL] == f"{prefix}{STORED}"
+    assert found.keys() == arrays.keys()
+    for name in arrays:
+        np.testing.assert_array_equal(found[name], arrays[name], strict=True)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "model", "Model.", "."])
+def test_other_prefixes_are_another_model(tmp_path, arrays, prefix):
+    tensors = {
+        f"{prefix}{name}": array for name, array in stored(arrays).items()
+    }
+    path = place(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(errors.CheckpointMismatchError, match="another model"):
+        pytorch.read(path)
+    path = place(path, stored(arrays) | {f"model.{STORED}": arrays[KERNEL]})
+    found = pytorch.read(path)
+    assert found.extra == (f"model.{STORED}",)
+    assert found.notes == ()
+
+
 def test_another_model_is_refused(tmp_path):
     path = place(
         tmp_path / "x.safetensors",
@@ -555,3 +587,21 @@ def test_of_several_unknown_files_none_is_chosen(tmp_path, arrays):
         errors.CheckpointFormatError, match=r"a\.safetensors, b\.safetensors"
     ):
         pytorch.read(tmp_path)
+
+
+def test_hidden_files_are_passed_over(tmp_path, arrays):
+    place(tmp_path / "a.safetensors", stored(arrays))
+    (tmp_path / "._a.safetensors").write_bytes(b"\0\5\x16\7" + bytes(100))
+    found = pytorch.read(tmp_path)
+    assert found.path == tmp_path / "a.safetensors"
+    assert found.notes == ()
+    (tmp_path / "a.safetensors").unlink()
+    assert not pytorch.sniff(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["saved_model.pb", "model_state.pdparams"])
+def test_what_other_readers_take_is_told(tmp_path, arrays, other):
+    place(tmp_path / "a.safetensors", stored(arrays))
+    (tmp_path / other).write_bytes(b"x")
+    found = pytorch.read(tmp_path)
+    assert found.notes == (f"Of several, a.safetensors was read, not {other}.",)

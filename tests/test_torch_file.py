@@ -3,6 +3,9 @@
 import importlib.util
 import os
 import pickle
+import random
+import struct
+import subprocess
 import sys
 import types
 import zipfile
@@ -76,7 +79,11 @@ class Evil:
 
 def evil(path, kind, target, wrap=lambda value: value):
     """A file of torch's form whose pickle would make a file at target."""
-    text = pickle.dumps(wrap(Evil(target)), protocol=2)
+    return pickled(path, kind, pickle.dumps(wrap(Evil(target)), protocol=2))
+
+
+def pickled(path, kind, text, keys=()):
+    """A file of torch's form with this pickle."""
     if kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", text)
@@ -87,7 +94,7 @@ def evil(path, kind, target, wrap=lambda value: value):
         path.write_bytes(
             b"".join(pickle.dumps(value, protocol=2) for value in head)
             + text
-            + pickle.dumps([], protocol=2)
+            + pickle.dumps(list(keys), protocol=2)
         )
     return path
 
@@ -406,3 +413,278 @@ def test_shards(tmp_path):
         errors.CheckpointFormatError, match=r"bit\.norm\.weight"
     ):
         pytorch.read(tmp_path)
+
+
+def string(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def called(name, args):
+    return b"c" + name.replace(" ", "\n").encode() + b"\n" + args + b"R"
+
+
+def storage(size, key="0"):
+    return (
+        b"(" + string("storage") + b"ctorch\nFloatStorage\n" + string(key)
+        + string("cpu") + b"J" + struct.pack("<i", size) + b"tQ"
+    )  # fmt: skip
+
+
+def tensor(size, shape, stride=1):
+    return called(
+        "torch._utils _rebuild_tensor_v2",
+        b"(" + storage(size) + b"K\0J" + struct.pack("<i", shape)
+        + b"\x85K" + bytes([stride]) + b"\x85\x89"
+        + called("collections OrderedDict", b")") + b"t",
+    )  # fmt: skip
+
+
+DEEP = b")" + b"\x85" * 900_000
+DOUBLED = b")q\0" + b"h\0\x86q\0" * 60
+HUGE = b"J" + struct.pack("<i", 2_000_000_000) + b"\x85"
+HOSTILE = {
+    "a deep key": b"}" + b")" + b"\x85" * 2_000_000 + b"Ns",
+    "a less deep key": b"}" + DEEP + b"Ns",
+    "a deep value": b"}" + string("a") + DEEP + b"s",
+    "a doubled key": b"}" + DOUBLED + b"Ns",
+    "a set": b"}" + string("a")
+    + called("__builtin__ set", b"](" + DOUBLED + b"e\x85") + b"s",
+    "pairs": called("collections OrderedDict", b"](" + DOUBLED
+    + b"K\1\x86e\x85"),
+    "counted": called("collections Counter", b"](" + DOUBLED + b"e\x85"),
+    "bytes": b"}" + string("a") + called("builtins bytearray", HUGE) + b"s",
+    "bytes of Python 2":
+    b"}" + string("a") + called("__builtin__ bytearray", HUGE) + b"s",
+    "new bytes":
+    b"}" + string("a") + b"cbuiltins\nbytearray\n" + HUGE + b"\x81s",
+    "a new tensor":
+    b"}" + string("a") + b"ctorch\nTensor\n" + HUGE + b"\x81s",
+    "a called tensor": b"}" + string("a") + called("torch Tensor", HUGE) + b"s",
+    "bytes made by a tensor's maker": b"}" + string("a") + called(
+        "torch._tensor _rebuild_from_type_v2",
+        b"(ctorch\nFloatTensor\nctorch\nTensor\n" + HUGE + b"}t",
+    ) + b"s",
+    "text copied": b"](" + string("x" * 4000) + b"q\0"
+    + b"0".join(
+        called("_codecs encode", b"h\0" + string("latin1") + b"\x86")
+        for _ in range(2)
+    ).replace(b"0", b"") + b"e",
+    "numbers copied": b"](](" + b"K\1" * 3000 + b"e\x85q\0"
+    + called("__builtin__ set", b"h\0") * 9 + b"e",
+    "a slow codec": b"}" + string("a") + called(
+        "_codecs encode", string("x" * 3000) + string("punycode") + b"\x86"
+    ) + b"s",
+    "a tensor beyond": b"}" + string("a") + tensor(1, 10**9) + b"s",
+    "a storage beyond": b"}" + string("a") + tensor(10**9, 1) + b"s",
+    "strides beyond": b"}" + string("a") + tensor(4, 4, 2) + b"s",
+    "many opcodes": b"](" + b"N" * 1_000_001 + b"e",
+}  # fmt: skip
+READ_ALL = """
+import pathlib, resource, sys
+from bit_tf import errors
+from bit_tf.checkpoints import torch_file
+import ml_dtypes, torch
+started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    print(path.name, flush=True, end=": ")
+    try:
+        torch_file.tensors(path)
+    except errors.CheckpointFormatError as error:
+        print("refused")
+taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started
+print("memory", "taken" if taken > 500_000 else "kept")
+"""
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+def test_nothing_hostile_hangs_or_takes_memory_or_ends_the_process(
+    tmp_path, kind
+):
+    for name, text in HOSTILE.items():
+        pickled(tmp_path / name, kind, b"\x80\2" + text + b".", ["0"])
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ_ALL, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.stdout.splitlines() == [
+        *(f"{name}: refused" for name in sorted(HOSTILE)),
+        "memory kept",
+    ], run.stderr
+
+
+@needs_torch
+@pytest.mark.parametrize("method", ["get", "items", "values", "__class__"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_values_do_not_hide_methods(tmp_path, kind, method):
+    """An OrderedDict's state may have any names."""
+    odd = called("collections OrderedDict", b")") + b"}" + string(method)
+    odd += b"K\1sb"
+    text = b"\x80\2" + odd + b"(" + string("state_dict") + odd
+    text += string("a") + b"K\1s" + string("optimizer") + odd + b"u."
+    opened = torch_file.tensors(pickled(tmp_path / "x", kind, text))
+    assert opened.extra == ("a",)
+    assert opened.notes[-1] == "skipped optimizer state: optimizer (0 arrays)"
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+def test_attributes_of_tensors(tmp_path, kind):
+    import torch
+
+    for value in (torch.ones(2), torch.nn.Parameter(torch.ones(2))):
+        value.remark = ["any"]
+        path = save({"w": value}, tmp_path / "x", kind)
+        array = torch_file.tensors(path).entries["w"].load()
+        np.testing.assert_array_equal(array, np.ones(2, np.float32))
+        value.untyped_storage = 1
+        save({"w": value}, path, kind)
+        with pytest.raises(
+            errors.CheckpointFormatError, match="its own untyped_storage"
+        ):
+            torch_file.tensors(path)
+
+
+@needs_torch
+def test_storages_without_data_are_refused(tmp_path):
+    text = b"\x80\2}" + string("a") + tensor(4, 4) + b"s."
+    path = pickled(tmp_path / "x", "legacy", text)
+    with pytest.raises(errors.CheckpointFormatError, match="list of storages"):
+        torch_file.tensors(path)
+    path = pickled(tmp_path / "y", "zip", text)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data/0", bytes(8))
+        archive.writestr("archive/other", bytes(100))
+    with pytest.raises(errors.CheckpointFormatError, match="8 bytes of its 16"):
+        torch_file.tensors(path)
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
+def test_training_checkpoints(tmp_path, kind, optimizer):
+    import collections
+
+    import torch
+
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4)
+    )
+    model[1].bias = model[1].weight
+    steps = getattr(torch.optim, optimizer)(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(steps, [2, 2, 5])
+    for _ in range(3):
+        model(torch.ones(1, 3, 5, 5)).sum().backward()
+        steps.step()
+        schedule.step()
+    weights = model.state_dict()
+    assert weights._metadata
+    value = {
+        "state_dict": weights,
+        "optimizer": steps.state_dict(),
+        "schedule": schedule.state_dict(),
+        "random": (random.Random(0).getstate(), torch.get_rng_state()),
+        "odd": [
+            2**200, -1.5, None, True, 1j, {1, "a"}, b"ab", torch.Size([1]),
+            torch.device("cpu"), torch.float16, "x" * 5000,
+            collections.Counter("aab"), {1: 2, None: 3, 1.5: [()]},
+        ],
+        "best": torch.tensor(0.5),
+    }  # fmt: skip
+    path = save(value, tmp_path / "x", kind)
+    assert torch.load(path, weights_only=True).keys() == value.keys()
+    opened = torch_file.tensors(path)
+    assert opened.extra == ("best", "odd", "random", "schedule")
+    assert any("skipped optimizer state" in note for note in opened.notes)
+    assert opened.entries.keys() == weights.keys()
+    for name, tensor in weights.items():
+        np.testing.assert_array_equal(
+            opened.entries[name].load(), tensor.numpy(), strict=True
+        )
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", NAMES)
+def test_what_else_is_pickled_is_named(tmp_path, kind):
+    import argparse
+
+    for value, name in (
+        (argparse.Namespace(a=1), "argparse.Namespace"),
+        (np.float64(0.5), np.float64(0.5).__reduce__()[0].__module__),
+        (bytearray(b"a"), "builtins.bytearray"),
+    ):
+        path = save({"state_dict": small(), "x": value}, tmp_path / "x", kind)
+        with pytest.raises(
+            errors.CheckpointFormatError,
+            match=rf"only\. Received: GLOBAL {name}(\.scalar)?\. Nothing of it",
+        ):
+            torch_file.tensors(path)
+
+
+@needs_torch
+def test_what_torch_itself_refuses_is_named(tmp_path):
+    text = b"\x80\2}" + string("a") + b"ctorch._C._x\nNothing\ns."
+    path = pickled(tmp_path / "x", "zip", text)
+    with pytest.raises(
+        errors.CheckpointFormatError,
+        match=r"Received: GLOBAL torch\._C\._x\.Nothing\. Nothing of it",
+    ):
+        torch_file.tensors(path)
+
+
+@needs_torch
+def test_damage_is_named_by_the_first_tensor_that_has_it(tmp_path, monkeypatch):
+    import torch
+
+    value = {"a": torch.arange(100.0), "b": torch.arange(200.0)}
+    value |= {
+        "tied": value["b"],
+        "part": value["b"][3:9],
+        "none": value["a"][:0],
+    }
+    path = save(value, tmp_path / "x")
+    good = path.read_bytes()
+    checked = []
+    check = torch_file._check_sum
+    monkeypatch.setattr(
+        torch_file,
+        "_check_sum",
+        lambda file, member: (checked.append(member), check(file, member)),
+    )
+    opened = torch_file.tensors(path)
+    checked.clear()
+    for name in (*value, *value):
+        np.testing.assert_array_equal(
+            opened.entries[name].load(), value[name].numpy()
+        )
+    assert len(checked) == 2
+    at = good.index(value["b"].numpy().tobytes()) + 500
+    path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    opened = torch_file.tensors(path)
+    np.testing.assert_array_equal(opened.entries["a"].load(), value["a"])
+    for name in ("b", "tied", "part"):
+        with pytest.raises(
+            errors.CheckpointFormatError, match=f": {name} cannot be.*CRC-32"
+        ):
+            opened.entries[name].load()
+    at = good.index(b"little")
+    path.write_bytes(good[:at] + b"L" + good[at + 1 :])
+    with pytest.raises(errors.CheckpointFormatError, match="byteorder.*CRC-32"):
+        torch_file.tensors(path)
+
+
+@needs_torch
+def test_files_without_checksums(tmp_path):
+    import torch
+
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(small(), tmp_path / "x")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    opened = torch_file.tensors(path)
+    for name, tensor in small().items():
+        array = opened.entries[name].load().astype(np.float64)
+        np.testing.assert_array_equal(array, tensor.detach().double().numpy())

@@ -78,7 +78,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
       CheckpointMismatchError: names or shapes are not those of a BiT-ResNet.
       MissingExtraError: the format needs a package that is not installed.
     """
-    path = Path(path)
+    # The current directory may change while the checkpoint is in use.
+    path = Path(os.path.abspath(path))
     if not path.is_dir():
         checkpoint.require_file(path)
     for reader in _READERS:

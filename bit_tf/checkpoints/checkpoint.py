@@ -4,7 +4,8 @@ import dataclasses
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -94,6 +95,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         facts: Facts,
         extra: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
+        files: Iterable[str | os.PathLike[str]] | None = None,
         spell: Callable[[str], str] = str,
     ):
         """Checks the names, shapes and dtypes of all arrays.
@@ -103,6 +105,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
           entries: canonical name → what `Entry` says.
           format: the reader's name.
           facts, extra, notes: see the attributes.
+          files: where the arrays are; `path` if None. None of them may change
+            while the object is used.
           spell: canonical name → the name that the file should have for it.
 
         Raises:
@@ -112,6 +116,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
             do not fit.
         """
         self.path = Path(path)
+        self._stamps = {
+            Path(file): _stamp(Path(file))
+            for file in ([path] if files is None else files)
+        }
         self.format = format
         self.facts = facts
         self.notes = tuple(notes)
@@ -196,10 +204,26 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
         Raises:
           KeyError: no array of the layout has this name.
-          CheckpointFormatError: the file is damaged there.
+          CheckpointFormatError: the file is damaged there, or it was changed
+            or removed since it was opened.
         """
         entry = self._entries[name]
-        array = entry.load()
+        for file, stamp in self._stamps.items():
+            if _stamp(file) != stamp:
+                raise errors.CheckpointFormatError(
+                    f"{file}: a checkpoint must stay as it is while it is "
+                    f"read. Received: a change before {self._shown(name)} was. "
+                    "Open it again."
+                )
+        try:
+            array = entry.load()
+        except OSError as error:
+            if isinstance(error, errors.BitTfError):
+                raise
+            raise errors.CheckpointFormatError(
+                f"{self.path}: {self._shown(name)} cannot be read: {error}. "
+                "Check the file and its permissions."
+            ) from error
         if array.shape != entry.shape:
             raise errors.CheckpointFormatError(
                 f"{self.path}: {self._shown(name)} must have shape "
@@ -221,6 +245,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return self is other
 
     __hash__ = object.__hash__
+
+    # A copy would share the files, and may outlive what keeps them.
+    def __copy__(self) -> "Checkpoint":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Checkpoint":
+        return self
+
+    def __reduce__(self):
+        raise TypeError(
+            "A Checkpoint cannot be pickled, because it is an opened file. "
+            f"Send its path, {str(self.path)!r}, and open that."
+        )
 
     def __repr__(self) -> str:
         return (
@@ -302,6 +339,17 @@ class Selection(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None if it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    if stat.S_ISDIR(found.st_mode):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:

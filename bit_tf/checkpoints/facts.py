@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bit_tf import errors, variants
-from bit_tf.labels import Label
+from bit_tf.labels import Label, check
 from bit_tf.presets import Preset
 
 __all__ = ["Facts", "KEY", "facts_of"]
@@ -75,9 +75,11 @@ class Facts:
             preset.check()
         labels = found.get("labels")
         if labels is not None:
-            labels = tuple(Label(*map(_text, pair)) for pair in labels)
+            labels = check(
+                [Label(*_texts(pair)) for pair in labels], len(labels)
+            )
         output_stride = found.get("output_stride", 32)
-        if output_stride not in (32, 16, 8):
+        if type(output_stride) is not int or output_stride not in (32, 16, 8):
             raise ValueError(f"output_stride {output_stride!r}")
         return cls(
             variants.numerics(found["numerics"]).name,
@@ -92,7 +94,7 @@ def facts_of(arrays: Any) -> Facts:
     return getattr(arrays, "facts", Facts())
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a label is text, not {value!r}")
-    return value
+def _texts(pair: Any) -> list[str]:
+    if not isinstance(pair, list) or not all(isinstance(t, str) for t in pair):
+        raise TypeError(f"a label is a list of two texts, not {pair!r}")
+    return pair

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
-from bit_tf import errors, files, presets
+from bit_tf import errors, files, labels, presets
 from bit_tf.checkpoints import checkpoint, layout, npz, rename
 from bit_tf.checkpoints.facts import Facts, facts_of
 
@@ -30,6 +31,7 @@ NAME = "google_npz"
 LOOKS_FOR = "a zip archive of .npy members"
 
 _PREFIX = "resnet/"
+_MAX_COMMENT = 2**16 - 1
 _FACTS = Facts("google", presets.PRESETS["big_transfer eval"])
 
 
@@ -96,8 +98,9 @@ def write(
     asked, such as a `Checkpoint`, needs the memory of one. The file appears at
     once and whole, or not at all: what was at the path stays until then. Two
     writes of the same arrays give the same bytes. Other constants than
-    Google's, which this format has no place for, are kept in the archive's
-    comment.
+    Google's and labels of one's own, which this format has no place for, are
+    kept in the archive's comment; labels of over 64 kB are not, and a warning
+    says so.
 
     Args:
       arrays: canonical name → float array, head (C, N). If it has an attribute
@@ -178,16 +181,28 @@ def _write_member(
 
 def _comment(facts: Facts) -> bytes:
     """What the archive's comment must say: nothing, of Google's own facts."""
-    facts = dataclasses.replace(facts, labels=None)
+    published = facts.labels and labels.of_count(len(facts.labels))
+    if published and facts.labels == labels.label_set(published):
+        # The number of classes tells.
+        facts = dataclasses.replace(facts, labels=None)
     if facts in (_FACTS, dataclasses.replace(_FACTS, preset=None)):
         return b""
-    return facts.to_json().encode()
+    comment = facts.to_json().encode()
+    if len(comment) <= _MAX_COMMENT:
+        return comment
+    logging.warning(
+        "An .npz has room for %d bytes of labels. These %d are not kept: "
+        "write a .safetensors file or another format beside it.",
+        _MAX_COMMENT,
+        len(facts.labels or ()),
+    )
+    return _comment(dataclasses.replace(facts, labels=None))
 
 
 def _read_facts(path: Path) -> Facts:
     comment = npz.comment(path)
     # Other programs write comments of their own.
-    if not comment.startswith(b'{"numerics":'):
+    if not comment.startswith(b"{") or b'"numerics":' not in comment:
         return _FACTS
     return Facts.from_json(comment)
 

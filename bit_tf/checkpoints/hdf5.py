@@ -29,6 +29,7 @@ _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_OBJECTS = 100_000
 _MAX_DEPTH = 64
 _MAX_TEXTS = 1 << 24
+_MAX_CHUNK = 1 << 20
 _MAX_DEFLATE_RATIO = 1032
 
 # What h5py raises on damaged files, with HDF5's own words.
@@ -326,6 +327,10 @@ def _check_storage(
             path,
             f"an array is stored whole, in {count} chunks",
             f"{dataset.id.get_num_chunks()} of them; {received}",
+        )
+    if whole > 2 * nbytes + _MAX_CHUNK * count:
+        raise _refused(
+            path, "chunks are not much larger than their array", received
         )
     if stored * (_MAX_DEFLATE_RATIO if filters else 1) < whole:
         raise _refused(

@@ -22,15 +22,17 @@ def statistics(array: np.ndarray) -> dict[str, float | int | None]:
       array: of any shape.
 
     Returns:
-      min, max, mean and std (biased, in float64) of the finite values, None
-      where there are none; and the numbers of NaN and of infinite ones.
+      min, max, mean and std (biased, in float64) of the values that are finite
+      in float32, None where there are none; and the numbers of NaN and of
+      values that are infinite there.
     """
     count = nan = infinite = 0
     low, high, mean, squares = math.inf, -math.inf, 0.0, 0.0
     flat = array.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         values = flat[start : start + _CHUNK].astype(np.float64)
-        finite = np.isfinite(values)
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(values.astype(np.float32))
         if not finite.all():
             bad = int(np.isnan(values).sum())
             nan += bad

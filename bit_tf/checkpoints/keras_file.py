@@ -525,7 +525,7 @@ def _config(path: Path, found: dict[str, Any]) -> dict[str, Any]:
         ),
         ("stem_width", type(config.get("stem_width")) is int),
         ("num_classes", type(config.get("num_classes")) is int),
-        ("output_stride", config.get("output_stride") in (32, 16, 8)),
+        ("output_stride", _is_stride(config.get("output_stride"))),
         ("numerics", config.get("numerics") in list(variants.NUMERICS)),
     ):
         if not right:
@@ -680,3 +680,7 @@ def _load(
         raise errors.CheckpointFormatError(
             f"{path}: {name} cannot be read: {error}"
         ) from error
+
+
+def _is_stride(value: Any) -> bool:
+    return type(value) is int and value in (32, 16, 8)

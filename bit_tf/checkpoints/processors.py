@@ -199,7 +199,7 @@ def from_timm(
     if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
         return None, f"its input_size is {shape}"
     share = fields["crop_pct"]
-    if type(share) not in (int, float) or not 0 < share < 100:
+    if type(share) not in (int, float) or not 0.01 <= share < 100:
         raise json_files.damaged(path, "crop_pct", share)
     crop = shape[1]
     edge = math.floor(crop / share)
@@ -255,7 +255,10 @@ def _near(value: Any, expected: Any) -> bool:
         return len(value) == len(expected) and all(map(_near, value, expected))
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
-    return isinstance(value, (int, float)) and math.isclose(
+    if isinstance(value, int):
+        # An integer may be too large for a float.
+        return value == expected
+    return isinstance(value, float) and math.isclose(
         value, expected, rel_tol=1e-6
     )
 

@@ -38,7 +38,11 @@ _TORCH = "pytorch_model.bin"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _INDEX_SUFFIX = ".index.json"
 _SCHEMES = (rename.TIMM, rename.TRANSFORMERS, rename.TRANSFORMERS_BARE)
-_PARALLEL = "module."
+# What wraps a network in torch's DataParallel and torch.compile, in Lightning
+# and in transformers' TimmWrapper puts before every name.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "timm_model.")
+# What the other readers of directories take.
+_OTHERS = ("saved_model.pb", "model_state.pdparams")
 # timm's resnetv2_50 and others have BiT's names, and batch normalization.
 _STATISTICS = (".running_mean", ".running_var")
 
@@ -59,8 +63,10 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
 
     Of a directory it takes model.safetensors, model.safetensors.index.json, a
     single other .safetensors, pytorch_model.bin, or
-    pytorch_model.bin.index.json, the first that is there. A prefix `module.`
-    of every name is passed over.
+    pytorch_model.bin.index.json, the first that is there; a note names the
+    others. Of every name are passed over what programs that wrap networks put
+    before it, `module.`, `_orig_mod.`, `model.` and `timm_model.`, also several
+    of them; a note says so.
 
     Returns:
       A `Checkpoint` whose format is "timm" or "transformers". Its path is the
@@ -92,6 +98,8 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
         path = directory
     notes += opened.notes
     prefix = _prefix(opened)
+    if prefix and opened.entries:
+        notes += (f"Passed over, before every name: {prefix}",)
     scheme = rename.identify(
         (name.removeprefix(prefix) for name in opened.entries), _SCHEMES
     )
@@ -125,6 +133,7 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
             facts=facts,
             extra=tuple(sorted({*extra, *opened.extra})),
             notes=notes,
+            files=opened.files,
             spell=lambda name: prefix + scheme.spell(name),
         )
 
@@ -135,9 +144,15 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
 
 
 def _prefix(opened: safetensors_file.Opened) -> str:
-    """What torch's DataParallel puts before every name, if it did."""
-    parallel = all(name.startswith(_PARALLEL) for name in opened.entries)
-    return _PARALLEL if parallel else ""
+    """What programs that wrap networks put before every name, if they did."""
+    prefix = ""
+    for _ in _WRAPPERS:
+        for wrapper in _WRAPPERS:
+            longer = prefix + wrapper
+            if all(name.startswith(longer) for name in opened.entries):
+                prefix = longer
+                break
+    return prefix
 
 
 def _unknown(
@@ -177,7 +192,9 @@ def _candidates(directory: Path) -> tuple[list[Path], list[Path]]:
     single = sorted(
         found
         for found in directory.glob("*.safetensors")
-        if found.name != _SAFETENSORS and found.is_file()
+        if found.name != _SAFETENSORS
+        and not found.name.startswith(".")
+        and found.is_file()
     )
     names = [_SAFETENSORS, _SAFETENSORS_INDEX, _TORCH, _TORCH_INDEX]
     # Beside an index, it is a shard.
@@ -198,7 +215,8 @@ def _chosen(directory: Path) -> tuple[Path, tuple[str, ...]]:
             "path of the file itself."
         )
     taken, *others = candidates
-    if not others:
+    others += [directory / name for name in _OTHERS]
+    names = ", ".join(file.name for file in others if file.is_file())
+    if not names:
         return taken, ()
-    names = ", ".join(file.name for file in others)
     return taken, (f"Of several, {taken.name} was read, not {names}.",)

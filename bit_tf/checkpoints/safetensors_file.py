@@ -84,12 +84,14 @@ class Opened(NamedTuple):
       metadata: what else the file says, text → text.
       extra: names of what is no tensor.
       notes: what a user should know.
+      files: where they are.
     """
 
     entries: dict[str, checkpoint.Entry]
     metadata: dict[str, str]
     extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 class _Tensor(NamedTuple):
@@ -147,7 +149,7 @@ def tensors(path: str | os.PathLike[str]) -> Opened:
         )
         for row in header.tensors
     }
-    return Opened(entries, header.metadata)
+    return Opened(entries, header.metadata, files=(path,))
 
 
 def sharded(
@@ -175,7 +177,9 @@ def sharded(
             f"{path}: every shard lies beside its index. Missing: "
             f"{', '.join(missing[:_MAX_SHOWN])}. Download them too."
         )
-    found = Opened({}, {})
+    found = Opened(
+        {}, {}, files=(path, *(path.parent / name for name in files))
+    )
     problems = []
     for file in files:
         shard = open_shard(path.parent / file)

@@ -1,16 +1,16 @@
 """The container of TensorFlow's checkpoints: an index and its data shards.
 
 The index, `<prefix>.index`, is a sorted table of key → BundleEntryProto in
-blocks, each with its CRC-32C. It is read here, in Python, because TensorFlow's
-own reader ends the process at a shape that cannot be. What has passed is then
-read by TensorFlow, one array at a time and by its checksum.
+blocks, each with its CRC-32C. Index and data are read here, in Python, because
+TensorFlow's own reader ends the process at a shape or a dtype that cannot be,
+and takes a path for a pattern. Each array has a checksum, which is compared.
 
-Source: tensorflow/core/util/tensor_bundle, tensorflow/core/lib/io/format.cc.
+Source: tensorflow/core/util/tensor_bundle, tensorflow/core/lib/io/format.cc,
+tensorflow/core/lib/strings/ordered_code.cc.
 """
 
 import functools
 import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +21,16 @@ import numpy as np
 from bit_tf import errors
 from bit_tf.checkpoints import checkpoint, layout
 
-__all__ = ["Variable", "index_file", "load", "require_data", "variables"]
+__all__ = [
+    "Part",
+    "Variable",
+    "index_file",
+    "load",
+    "pieces",
+    "require_data",
+    "text",
+    "variables",
+]
 
 _MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
 _FOOTER = 48
@@ -29,7 +38,29 @@ _BLOCK_END = struct.Struct("<BI")
 _MAX_INDEX = 1 << 26
 _MAX_RANK = 32
 _MAX_BYTES = 2**62
-_TEXTS = (7, 20, 21)  # DT_STRING, DT_RESOURCE, DT_VARIANT
+_MAX_PARTS = 1000
+_TEXT = np.dtype(object)
+# TensorFlow's dtypes by number; the rest of those it has are never weights.
+_DTYPES = {
+    1: "<f4",
+    2: "<f8",
+    3: "<i4",
+    4: "u1",
+    5: "<i2",
+    6: "i1",
+    8: "<c8",
+    9: "<i8",
+    10: "?",
+    14: "bfloat16",
+    17: "<u2",
+    18: "<c16",
+    19: "<f2",
+    22: "<u4",
+    23: "<u8",
+}
+# Data are summed in lanes of 2**6 bytes side by side, a mebibyte at a time.
+_LANE = 6
+_CHUNK = 1 << 20
 
 
 class Variable(NamedTuple):
@@ -40,6 +71,9 @@ class Variable(NamedTuple):
         array of numbers.
       shard: the data file's path.
       offset, size: its bytes there; 0 and 0 for one that is kept in parts.
+      crc32c: masked checksum of its bytes.
+      parts: what a partitioned variable is made of; they cover it and do not
+        overlap.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +81,15 @@ class Variable(NamedTuple):
     shard: Path
     offset: int
     size: int
+    crc32c: int = 0
+    parts: tuple["Part", ...] = ()
+
+
+class Part(NamedTuple):
+    """A part of a variable: its place in the whole, and its data."""
+
+    place: tuple[slice, ...]
+    variable: Variable
 
 
 def index_file(prefix: Path) -> Path:
@@ -94,80 +137,112 @@ def require_data(chosen: Mapping[str, Variable]) -> None:
       CheckpointFormatError: with the name of each array that is not there.
     """
     sizes: dict[Path, int] = {}
-    lines = []
-    for name, variable in chosen.items():
-        shard = variable.shard
-        if shard not in sizes:
-            sizes[shard] = shard.stat().st_size if shard.is_file() else -1
-        if sizes[shard] < 0:
-            lines.append(f"− {name}: there is no file {shard.name}")
-        elif variable.offset + variable.size > sizes[shard]:
-            lines.append(
-                f"− {name}: bytes {variable.offset} to "
-                f"{variable.offset + variable.size} of {shard.name}, which "
-                f"ends at {sizes[shard]}"
-            )
-        elif (total := _beside(shard)) < _nbytes(variable):
-            lines.append(
-                f"− {name}: parts of {_nbytes(variable)} bytes together, of "
-                f"which {total} are there"
-            )
+    lines = {}
+    for name, whole in chosen.items():
+        for variable in pieces(whole):
+            shard, end = variable.shard, variable.offset + variable.size
+            if shard not in sizes:
+                sizes[shard] = shard.stat().st_size if shard.is_file() else -1
+            if sizes[shard] < 0:
+                lines[name] = f"− {name}: there is no file {shard.name}"
+            elif end > sizes[shard]:
+                lines[name] = (
+                    f"− {name}: bytes {variable.offset} to {end} of "
+                    f"{shard.name}, which ends at {sizes[shard]}"
+                )
     if lines:
         raise errors.CheckpointFormatError(
             "The data of every variable are in the files beside the index. "
             f"Received: {len(lines)} of {len(chosen)} are not. "
-            f"{checkpoint.REMEDY}\n" + "\n".join(lines)
+            f"{checkpoint.REMEDY}\n" + "\n".join(lines.values())
         )
 
 
-def _nbytes(variable: Variable) -> int:
-    if variable.dtype.hasobject:
-        return 0
-    return math.prod(variable.shape) * variable.dtype.itemsize
+def pieces(variable: Variable) -> tuple[Variable, ...]:
+    """What lies in the data files: a variable's parts, or itself."""
+    if not variable.parts:
+        return (variable,)
+    return tuple(part.variable for part in variable.parts)
 
 
-def _beside(shard: Path) -> int:
-    """Bytes of all data files of a checkpoint."""
-    start = shard.name.rpartition(".data-")[0]
-    return sum(
-        file.stat().st_size
-        for file in shard.parent.iterdir()
-        if file.name.startswith(f"{start}.data-")
-    )
-
-
-def load(prefix: Path, key: str, shown: str) -> Any:
-    """Reads one variable by TensorFlow, which compares its checksum.
+def load(variable: Variable, shown: str) -> np.ndarray:
+    """Reads one array of numbers and compares its checksum.
 
     Args:
-      prefix: path of the checkpoint.
-      key: one of `variables`.
+      variable: one of `variables`, not of dtype object.
       shown: its name in messages.
 
-    Returns:
-      An array; bytes for a scalar text.
+    Raises:
+      OSError: its data cannot be read.
+      CheckpointFormatError: they are damaged, or end too early.
+    """
+    if not variable.parts:
+        return _plain(variable, shown)
+    whole = np.empty(variable.shape, variable.dtype)
+    for place, part in variable.parts:
+        whole[place] = _plain(part, shown)
+    return whole
+
+
+def text(variable: Variable, shown: str) -> bytes:
+    """Reads one text and compares its checksums.
+
+    Args:
+      variable: one of `variables`.
+      shown: its name in messages.
 
     Raises:
-      CheckpointFormatError: its data are damaged or not there.
+      OSError: its data cannot be read.
+      CheckpointFormatError: they are damaged, or end too early, or it is no
+        single text.
     """
-    import tensorflow as tf
-
-    try:
-        reader = tf.train.load_checkpoint(os.path.abspath(prefix))
-        return reader.get_tensor(key)
-    # TensorFlow's Python layer turns some of its errors into Python's.
-    except (
-        tf.errors.OpError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
-        said = layout.printable(" ".join(str(error).split())[:300])
+    if variable.dtype != _TEXT or variable.shape or variable.parts:
         raise errors.CheckpointFormatError(
-            f"{shown} cannot be read. Received: {said}. {checkpoint.REMEDY}"
-        ) from error
+            f"{shown} is one text. Received: dtype {variable.dtype} and shape "
+            f"{errors.brief(variable.shape)}. {checkpoint.REMEDY}"
+        )
+    data = _bytes(variable, shown).tobytes()
+    try:
+        length, start = _varint(data, 0)
+    except IndexError:
+        length, start = len(data), 0
+    checksum, value = data[start : start + 4], data[start + 4 :]
+    # TensorFlow sums the length as a number of fixed size.
+    number = length.to_bytes(4 if length < 1 << 32 else 8, "little")
+    if (
+        length != len(value)
+        or checksum != _masked(_crc32c(number)).to_bytes(4, "little")
+        or variable.crc32c != _masked(_crc32c(number + checksum + value))
+    ):
+        raise _changed(variable, shown)
+    return value
+
+
+def _plain(variable: Variable, shown: str) -> np.ndarray:
+    data = _bytes(variable, shown)
+    if variable.crc32c != _masked(_crc32c(data)):
+        raise _changed(variable, shown)
+    return data.view(variable.dtype).reshape(variable.shape)
+
+
+def _bytes(variable: Variable, shown: str) -> np.ndarray:
+    data = np.fromfile(
+        variable.shard, np.uint8, variable.size, offset=variable.offset
+    )
+    if data.size != variable.size:
+        raise errors.CheckpointFormatError(
+            f"{shown} has {variable.size} bytes in {variable.shard.name}. "
+            f"Received: {data.size}. {checkpoint.REMEDY}"
+        )
+    return data
+
+
+def _changed(variable: Variable, shown: str) -> errors.CheckpointFormatError:
+    return errors.CheckpointFormatError(
+        f"{shown} has the checksum that the index tells. Received: bytes "
+        f"{variable.offset} to {variable.offset + variable.size} of "
+        f"{variable.shard.name} that have changed. {checkpoint.REMEDY}"
+    )
 
 
 def _variables(prefix: Path, data: bytes) -> dict[str, Variable]:
@@ -175,9 +250,18 @@ def _variables(prefix: Path, data: bytes) -> dict[str, Variable]:
     from tensorflow.core.protobuf import tensor_bundle_pb2 as bundle
 
     found: dict[bytes, Variable] = {}
+    sliced: dict[bytes, Any] = {}
     header = None
+    left = _MAX_INDEX
     for key, value in _rows(data):
-        shown = layout.printable(key.decode("utf-8", "backslashreplace"))
+        shown = _shown(key)
+        # Keys share their beginnings, so that short rows may make long keys.
+        left -= len(key)
+        if left < 0:
+            raise errors.CheckpointFormatError(
+                f"keys have up to {_MAX_INDEX} bytes together. Received: more, "
+                f"from {errors.brief(shown)} on."
+            )
         try:
             if header is None:
                 header = bundle.BundleHeaderProto.FromString(value)
@@ -197,16 +281,38 @@ def _variables(prefix: Path, data: bytes) -> dict[str, Variable]:
             found[key] = _variable(prefix, entry, header.num_shards)
         except errors.CheckpointFormatError as error:
             raise errors.CheckpointFormatError(f"{shown}: {error}") from None
+        if entry.slices:
+            if _is_part(key):
+                raise errors.CheckpointFormatError(
+                    f"{shown}: a part has no parts itself. Received: "
+                    f"{len(entry.slices)}."
+                )
+            sliced[key] = entry.slices
     if header is None:
         raise errors.CheckpointFormatError(
             "an index begins with a header. Received: an empty one."
         )
-    # A part's key begins with a zero byte.
+    for key, slices in sliced.items():
+        try:
+            parts = _parts(key, slices, found)
+        except errors.CheckpointFormatError as error:
+            raise errors.CheckpointFormatError(
+                f"{_shown(key)}: {error}"
+            ) from None
+        found[key] = found[key]._replace(offset=0, size=0, parts=parts)
     return {
         key.decode("utf-8", "backslashreplace"): variable
         for key, variable in found.items()
-        if not key.startswith(b"\0")
+        if not _is_part(key)
     }
+
+
+def _is_part(key: bytes) -> bool:
+    return key.startswith(b"\0")
+
+
+def _shown(key: bytes) -> str:
+    return layout.printable(key.decode("utf-8", "backslashreplace"))
 
 
 def _check_header(key: bytes, header: Any, bundle: Any) -> None:
@@ -223,7 +329,7 @@ def _check_header(key: bytes, header: Any, bundle: Any) -> None:
 
 
 def _variable(prefix: Path, entry: Any, shards: int) -> Variable:
-    """Checks one entry, so that TensorFlow's reader survives it.
+    """Checks one entry; a whole's parts are looked up by `_parts`.
 
     Raises:
       CheckpointFormatError: without the key.
@@ -251,15 +357,13 @@ def _variable(prefix: Path, entry: Any, shards: int) -> Variable:
             f"data lie in one of {shards} shards. Received: shard "
             f"{entry.shard_id}, offset {entry.offset}, size {entry.size}."
         )
-    if entry.slices:
-        _check_parts(shape, entry.slices)
-    elif dtype.hasobject:
-        if math.prod(shape) > max(1, entry.size):
+    if dtype == _TEXT:
+        if not entry.slices and math.prod(shape) > max(1, entry.size):
             raise errors.CheckpointFormatError(
                 f"each text has a length. Received: {entry.size} bytes for "
                 f"shape {errors.brief(shape)}."
             )
-    elif entry.size != nbytes:
+    elif not entry.slices and entry.size != nbytes:
         raise errors.CheckpointFormatError(
             f"an array of shape {errors.brief(shape)} and dtype {dtype} has "
             f"{nbytes} bytes. Received: {entry.size}."
@@ -271,47 +375,130 @@ def _variable(prefix: Path, entry: Any, shards: int) -> Variable:
         prefix.with_name(shard),
         entry.offset,
         entry.size,
+        entry.crc32c,
     )
 
 
 def _dtype(number: int) -> np.dtype:
-    import tensorflow as tf
+    import ml_dtypes
+    from tensorflow.core.framework import types_pb2
 
-    if number in _TEXTS:
-        return np.dtype(object)
-    try:
-        return np.dtype(tf.as_dtype(number).as_numpy_dtype)
-    except (TypeError, KeyError) as error:
+    known = types_pb2.DataType.values()
+    # From 101 on they are references to the others.
+    if number not in known or not 0 < number <= 100:
         raise errors.CheckpointFormatError(
             f"a dtype is one that this TensorFlow knows. Received: number "
             f"{number}."
-        ) from error
+        )
+    name = _DTYPES.get(number)
+    if name is None:
+        return _TEXT
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def _check_parts(shape: tuple[int, ...], parts: Any) -> None:
-    """Checks that parts lie inside the whole and have its size together."""
-    total = 0
-    for part in parts:
-        sizes = []
-        for size, extent in zip(shape, part.extent, strict=False):
-            start, length = extent.start, extent.length
-            if not extent.HasField("length"):
-                length = size - start
-            if start < 0 or length < 0 or start + length > size:
-                sizes = [-1]
-                break
-            sizes.append(length)
-        if len(part.extent) != len(shape) or -1 in sizes:
+def _parts(
+    key: bytes, slices: Any, found: Mapping[bytes, Variable]
+) -> tuple[Part, ...]:
+    """The parts of a whole, which cover it and do not overlap.
+
+    Raises:
+      CheckpointFormatError: without the key.
+    """
+    whole = found[key]
+    if len(slices) > _MAX_PARTS:
+        raise errors.CheckpointFormatError(
+            f"a variable has up to {_MAX_PARTS} parts. Received: {len(slices)}."
+        )
+    parts = []
+    for proto in slices:
+        extents = [
+            (extent.start, extent.length if extent.HasField("length") else -1)
+            for extent in proto.extent
+        ]
+        place = _place(whole.shape, extents)
+        part = found.get(_part_key(key, extents))
+        shape = tuple(side.stop - side.start for side in place)
+        if part is None or (part.shape, part.dtype) != (shape, whole.dtype):
+            kept = "nothing"
+            if part is not None:
+                kept = f"{errors.brief(part.shape)} of dtype {part.dtype}"
             raise errors.CheckpointFormatError(
-                f"a part lies inside the shape {errors.brief(shape)}. "
-                f"Received: {errors.brief(str(part))}."
+                f"a part of shape {errors.brief(shape)} and dtype "
+                f"{whole.dtype} is there. Received: {kept}."
             )
-        total += math.prod(sizes)
+        parts.append(Part(place, part))
+    _check_cover(whole.shape, [part.place for part in parts])
+    return tuple(parts)
+
+
+def _place(
+    shape: tuple[int, ...], extents: list[tuple[int, int]]
+) -> tuple[slice, ...]:
+    """Where a part lies in the whole; (0, −1) stands for all of an axis."""
+    place = [
+        slice(start, start + (size if (start, length) == (0, -1) else length))
+        for size, (start, length) in zip(shape, extents, strict=False)
+    ]
+    if len(extents) != len(shape) or not all(
+        0 <= side.start <= side.stop <= size
+        for size, side in zip(shape, place, strict=True)
+    ):
+        raise errors.CheckpointFormatError(
+            f"a part lies inside the shape {errors.brief(shape)}. Received: "
+            f"(start, length) {errors.brief(extents)}."
+        )
+    return tuple(place)
+
+
+def _check_cover(
+    shape: tuple[int, ...], places: list[tuple[slice, ...]]
+) -> None:
+    total = sum(
+        math.prod(side.stop - side.start for side in place) for place in places
+    )
     if total != math.prod(shape):
         raise errors.CheckpointFormatError(
             f"parts make up the shape {errors.brief(shape)}. Received: "
             f"{total} values."
         )
+    starts, stops = (
+        np.array([[getattr(side, end) for side in place] for place in places])
+        for end in ("start", "stop")
+    )
+    for number in range(len(places)):
+        first = np.maximum(starts[number], starts[number + 1 :])
+        last = np.minimum(stops[number], stops[number + 1 :])
+        if (first < last).all(axis=1).any():
+            raise errors.CheckpointFormatError(
+                f"parts do not overlap. Received: part {number} and a later "
+                "one do."
+            )
+
+
+def _part_key(key: bytes, extents: list[tuple[int, int]]) -> bytes:
+    """A part's key: 0, the whole's key, the rank, and the extents."""
+    escaped = b"\0\xff".join(
+        piece.replace(b"\xff", b"\xff\0") for piece in key.split(b"\0")
+    )
+    rank = len(extents)
+    return b"".join(
+        (
+            b"\0",
+            escaped,
+            b"\0\1",
+            bytes([1, rank] if rank else [0]),
+            *(_signed(number) for extent in extents for number in extent),
+        )
+    )
+
+
+def _signed(number: int) -> bytes:
+    """TensorFlow's encoding of whole numbers whose order is that of bytes."""
+    bits = (number if number >= 0 else ~number).bit_length()
+    length = bits // 7 + 1
+    ones = (1 << length) - 1 << 7 * length
+    mask = (1 << 8 * length) - 1
+    return (number & mask ^ ones).to_bytes(length, "big")
 
 
 def _rows(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -328,9 +515,16 @@ def _rows(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             _, position = _varint(footer, position)
         start, position = _varint(footer, position)
         size, position = _varint(footer, position)
+        end = 0
         for _, handle in _block(data, start, size):
             start, position = _varint(handle, 0)
             size, _ = _varint(handle, position)
+            if start < end:
+                raise errors.CheckpointFormatError(
+                    "blocks follow each other. Received: one at byte "
+                    f"{start}, after one that ends at {end}."
+                )
+            end = start + size
             yield from _block(data, start, size)
     except IndexError:
         raise errors.CheckpointFormatError(
@@ -384,22 +578,64 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     raise IndexError
 
 
+def _crc32c(data: bytes | np.ndarray) -> int:
+    """CRC-32C of bytes, or of an array of uint8 [n]."""
+    octets = np.frombuffer(data, np.uint8)
+    register = np.uint32(0xFFFFFFFF)
+    for start in range(0, octets.size, _CHUNK):
+        piece = octets[start : start + _CHUNK]
+        for log in range(piece.size.bit_length()):
+            if piece.size >> log & 1:
+                register = _zeros(register, log)
+        register = register ^ _remainder(piece)
+    return int(register) ^ 0xFFFFFFFF
+
+
+def _remainder(octets: np.ndarray) -> np.uint32:
+    """The register after some bytes, if it was 0: zeros before add nothing."""
+    lanes = 1 << max(0, (octets.size - 1).bit_length() - _LANE)
+    padded = np.zeros(lanes << _LANE, np.uint8)
+    padded[padded.size - octets.size :] = octets
+    words = padded.view("<u2").reshape(lanes, -1).T
+    registers = np.zeros(lanes, np.uint32)
+    table = _pairs()
+    for word in np.ascontiguousarray(words):
+        registers = table[(registers ^ word) & 0xFFFF] ^ registers >> 16
+    log = _LANE
+    while registers.size > 1:
+        registers = _zeros(registers[::2], log) ^ registers[1::2]
+        log += 1
+    return registers[0]
+
+
+def _zeros(registers: Any, log: int) -> Any:
+    """Registers (uint32) after 2**log more bytes of 0."""
+    first, second, third, fourth = _tables(log)
+    return (
+        first[registers & 0xFF]
+        ^ second[registers >> 8 & 0xFF]
+        ^ third[registers >> 16 & 0xFF]
+        ^ fourth[registers >> 24]
+    )
+
+
 @functools.cache
-def _crc_table() -> tuple[int, ...]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return tuple(table)
+def _tables(log: int) -> np.ndarray:
+    """What `_zeros` makes of each byte of a register; uint32 [4, 256]."""
+    places = np.arange(0, 32, 8, dtype=np.uint32)[:, None]
+    registers = np.arange(256, dtype=np.uint32) << places
+    if log:
+        return _zeros(_zeros(registers, log - 1), log - 1)
+    for _ in range(8):
+        odd = registers & 1
+        registers = np.where(odd, 0x82F63B78, np.uint32(0)) ^ registers >> 1
+    return registers
 
 
-def _crc32c(data: bytes) -> int:
-    table = _crc_table()
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
+@functools.cache
+def _pairs() -> np.ndarray:
+    """What two bytes of 0 make of each 16 bits; uint32 [65536]."""
+    return _zeros(np.arange(1 << 16, dtype=np.uint32), 1)
 
 
 def _masked(crc: int) -> int:

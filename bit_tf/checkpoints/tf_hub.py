@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -57,6 +57,8 @@ _MAX_CARD = 1 << 20
 _MAX_GRAPH = 1 << 31
 _SNIFFED = 4 << 20
 _MAX_SHOWN = 3
+_MAX_SCOPES = 16
+_MAX_NAME = 512
 _STATE = re.compile(
     r"(?:.*/)?(?:save_counter|global_step|iter|iterations|learning_rate|decay"
     r"|momentum|rho|beta_[12]|beta[12]_power)"
@@ -230,7 +232,7 @@ def _checkpoint(path: Path, root: Path, prefix: Path) -> checkpoint.Checkpoint:
             row.variable.shape,
             row.variable.dtype,
             functools.partial(
-                tensor_bundle.load, prefix, row.key, f"{path}: {row.shown}"
+                tensor_bundle.load, row.variable, f"{path}: {row.shown}"
             ),
             row.name,
         )
@@ -248,6 +250,11 @@ def _checkpoint(path: Path, root: Path, prefix: Path) -> checkpoint.Checkpoint:
         )
         if names
     )
+    shards = {
+        piece.shard
+        for row in chosen.values()
+        for piece in tensor_bundle.pieces(row.variable)
+    }
     return checkpoint.Checkpoint(
         path,
         entries,
@@ -255,6 +262,7 @@ def _checkpoint(path: Path, root: Path, prefix: Path) -> checkpoint.Checkpoint:
         facts=facts,
         extra=tuple(sorted(extra)),
         notes=(*foreign, *skipped),
+        files=(tensor_bundle.index_file(prefix), *sorted(shards)),
         spell=lambda name: f"{scope}{name}",
     )
 
@@ -273,7 +281,7 @@ def _scope(variables: Iterable[_Named]) -> str:
     counts: collections.Counter[str] = collections.Counter()
     for row in variables:
         parts = row.name.split("/")
-        for start in range(len(parts)):
+        for start in range(max(0, len(parts) - _MAX_SCOPES), len(parts)):
             if layout.claims(_spelled("/".join(parts[start:]))):
                 counts["".join(f"{part}/" for part in parts[:start])] += 1
                 break
@@ -314,29 +322,32 @@ def _named(root: Path, prefix: Path) -> list[_Named]:
     names: dict[str, str] = {}
     slots: set[str] = set()
     if _OBJECTS in found:
-        names, slots = _object_names(root, _objects(prefix, found[_OBJECTS]))
+        graph = _objects(found[_OBJECTS])
+        names, slots = _object_names(root, graph, found.keys())
     return [
         _Named(key, names.get(key) or key, key in slots, variable)
         for key, variable in found.items()
     ]
 
 
-def _objects(prefix: Path, variable: tensor_bundle.Variable) -> Any:
+def _objects(variable: tensor_bundle.Variable) -> Any:
     from google.protobuf import message
     from tensorflow.core.protobuf import trackable_object_graph_pb2 as proto
 
     tensor_bundle.require_data({_OBJECTS: variable})
-    value = tensor_bundle.load(prefix, _OBJECTS, _OBJECTS)
+    value = tensor_bundle.text(variable, _OBJECTS)
     try:
         return proto.TrackableObjectGraph.FromString(value)
-    except (message.DecodeError, TypeError) as error:
+    except message.DecodeError as error:
         raise errors.CheckpointFormatError(
             f"{_OBJECTS} is a protocol message. Received: another text "
             f"({error}). {checkpoint.REMEDY}"
         ) from error
 
 
-def _object_names(root: Path, graph: Any) -> tuple[dict[str, str], set[str]]:
+def _object_names(
+    root: Path, graph: Any, keys: Collection[str]
+) -> tuple[dict[str, str], set[str]]:
     """(key → name, keys of optimizers' slots), as the object graph says.
 
     Where it gives no full name, the SavedModel's own graph of objects does;
@@ -354,37 +365,48 @@ def _object_names(root: Path, graph: Any) -> tuple[dict[str, str], set[str]]:
     for number, node in enumerate(nodes):
         for attribute in node.attributes:
             key = attribute.checkpoint_key
-            if attribute.name == _VALUE:
+            if attribute.name == _VALUE and key in keys:
                 names[key] = attribute.full_name.removesuffix(":0")
                 if number in slotted:
                     slots.add(key)
                 if not names[key]:
                     nameless[number] = key
     if nameless:
-        paths = _paths(nodes)
-        saved = _saved_names(root)
+        paths = dict(_paths(nodes, nameless))
+        saved = _saved_names(root, set(paths.values()))
         for number, key in nameless.items():
             path = paths.get(number, "")
             names[key] = saved.get(path, path).removesuffix(":0")
     return names, slots
 
 
-def _paths(nodes: Any) -> dict[int, str]:
-    """Number of a node → its shortest path through the objects."""
-    paths = {0: ""} if len(nodes) else {}
-    queue = collections.deque(paths)
+def _paths(nodes: Any, chosen: Iterable[int]) -> Iterator[tuple[int, str]]:
+    """(number of a node, its shortest path through the objects).
+
+    Nodes that are not reached, or whose path is longer than `_MAX_NAME`, are
+    left out.
+    """
+    came: dict[int, tuple[int, str]] = {0: (-1, "")} if len(nodes) else {}
+    queue = collections.deque(came)
     while queue:
         number = queue.popleft()
         for child in nodes[number].children:
-            if child.node_id in paths or not 0 <= child.node_id < len(nodes):
+            if child.node_id in came or not 0 <= child.node_id < len(nodes):
                 continue
-            path = f"{paths[number]}/{child.local_name}".removeprefix("/")
-            paths[child.node_id] = path
+            came[child.node_id] = number, child.local_name
             queue.append(child.node_id)
-    return paths
+    for number in chosen:
+        parts: list[str] = []
+        length, node = 0, number
+        while node > 0 and node in came and length <= _MAX_NAME:
+            node, part = came[node]
+            parts.append(part)
+            length += len(part) + 1
+        if node == 0 and length <= _MAX_NAME:
+            yield number, "/".join(reversed(parts))
 
 
-def _saved_names(root: Path) -> dict[str, str]:
+def _saved_names(root: Path, paths: Collection[str]) -> dict[str, str]:
     """Path through the objects → variable's name, as saved_model.pb says.
 
     The file is parsed as a message; nothing of it is loaded or run.
@@ -402,10 +424,11 @@ def _saved_names(root: Path) -> dict[str, str]:
     if not model.meta_graphs:
         return {}
     nodes = model.meta_graphs[0].object_graph_def.nodes
+    named = (n for n, node in enumerate(nodes) if node.variable.name)
     return {
         path: nodes[number].variable.name
-        for number, path in _paths(nodes).items()
-        if nodes[number].variable.name
+        for number, path in _paths(nodes, named)
+        if path in paths
     }
 
 

@@ -40,7 +40,7 @@ def run(args) -> int:
         published.open_checkpoint(args.source), values=args.values
     )
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps(report, allow_nan=False))
     else:
         print("\n".join(_lines(report)))
     if report["finite"] is False:
@@ -50,6 +50,8 @@ def run(args) -> int:
 
 
 def _lines(report: dict):
+    from bit_tf.checkpoints import layout
+
     constants = report["numerics"]
     head = "none"
     if report["num_classes"]:
@@ -76,7 +78,10 @@ def _lines(report: dict):
         ),
         ("pictures", preset["name"] if preset else "preset unknown"),
         ("arrays", f"{len(report['arrays'])}, each used once"),
-        ("not used", ", ".join(report["extra"]) or "nothing"),
+        (
+            "not used",
+            ", ".join(map(layout.printable, report["extra"])) or "nothing",
+        ),
     ):
         yield f"{key + ':':13} {value}"
     for note in report["notes"]:
@@ -87,10 +92,11 @@ def _lines(report: dict):
         header += ["MIN", "MAX", "MEAN", "STD", "NOT FINITE"]
     rows = [header]
     for array in report["arrays"]:
-        same = array["source"] == array["name"]
         cells = [
             array["name"],
-            "same" if same else ascii(array["source"])[1:-1],
+            "same"
+            if array["source"] == array["name"]
+            else layout.printable(array["source"]),
             array["dtype"],
             "×".join(map(str, array["shape"])),
         ]

@@ -5,6 +5,7 @@ else to stderr.
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -54,6 +55,11 @@ def run(
 
     def main(args) -> int:
         signal.signal(signal.SIGTERM, _stop)
+        sys.unraisablehook = _raise_again
+        for stream in (sys.stdout, sys.stderr):
+            # What a terminal cannot show is escaped, not an error.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = args.run(args)
             sys.stdout.flush()
@@ -83,6 +89,24 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return number
+
+
+def _raise_again(unraisable) -> None:
+    """Raises a signal's exception anew where Python had to drop it.
+
+    A signal may arrive in a callback of the garbage collector, from which no
+    exception gets out.
+    """
+    lost = unraisable.exc_value
+    if not isinstance(lost, (SystemExit, KeyboardInterrupt)):
+        sys.__unraisablehook__(unraisable)
+        return
+
+    def again(number, frame):
+        raise lost
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 
 def expect_tensorflow(source: str) -> None:

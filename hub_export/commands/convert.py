@@ -80,11 +80,19 @@ def register(subparsers) -> None:
 
 
 def run(args) -> int:
+    if args.to != "savedmodel" and (args.l2 or args.probabilities):
+        print(
+            "hub-export convert: error: --l2 and --probabilities are for "
+            f"--to savedmodel, not for {args.to}",
+            file=sys.stderr,
+        )
+        return 2
     if args.to in ("savedmodel", "keras-folded"):
         program.quiet_tensorflow()
     else:
         program.expect_tensorflow(args.source)
-    from bit_tf import labels
+    from bit_tf import labels, published
+    from bit_tf.checkpoints import layout
     from hub_export import formats
 
     class_labels = args.labels
@@ -99,7 +107,7 @@ def run(args) -> int:
                 f"{class_labels!r}: {error}"
             ) from error
         class_labels = labels.parse(text)
-    print(f"Converting {args.source} …", file=sys.stderr)
+    print(f"Converting {published.shown(args.source)} …", file=sys.stderr)
     options = {
         "head": args.head == "keep",
         "numerics": None if args.numerics == "source" else args.numerics,
@@ -123,7 +131,7 @@ def run(args) -> int:
     if report["extra_arrays"]:
         print(
             "No part of BiT, and not used: "
-            + ", ".join(report["extra_arrays"]),
+            + ", ".join(map(layout.printable, report["extra_arrays"])),
             file=sys.stderr,
         )
     if args.json:
