@@ -275,6 +275,18 @@ def test_texts(tmp_path, size):
         tensor_bundle.text(variable, "key")
 
 
+def test_a_text_of_another_length(tmp_path):
+    data = b"\5sum!four"
+    proto = entry((), dtype=7, size=len(data))
+    proto.crc32c = crc32c(b"\5\0\0\0sum!four")
+    rows = [(b"", header()), (b"key", proto.SerializeToString())]
+    (tmp_path / "m.index").write_bytes(table(rows))
+    (tmp_path / "m.data-00000-of-00001").write_bytes(data)
+    (variable,) = tensor_bundle.variables(tmp_path / "m").values()
+    with pytest.raises(errors.CheckpointFormatError, match="key"):
+        tensor_bundle.text(variable, "key")
+
+
 def test_what_is_no_single_text(tmp_path):
     rows = [("a", "", ["x", "y"]), ("b", "", np.zeros((), "f4"))]
     save(tmp_path / "m", rows)
@@ -497,7 +509,13 @@ def test_parts_that_are_there_and_overlap(tmp_path):
     (tmp_path / "m.index").write_bytes(table(rows))
     with pytest.raises(errors.CheckpointFormatError, match="do not overlap"):
         tensor_bundle.variables(tmp_path / "m")
-    whole.slices[1].extent[0].start = 2
+    whole.slices.pop()
+    (tmp_path / "m.index").write_bytes(
+        table([*rows[:-1], (b"key", whole.SerializeToString())])
+    )
+    with pytest.raises(errors.CheckpointFormatError, match="make up the shape"):
+        tensor_bundle.variables(tmp_path / "m")
+    whole.slices.add().extent.add(start=2, length=2)
     rows[2] = (ordered + b"\x82\x82", part)
     rows[3] = (b"key", whole.SerializeToString())
     (tmp_path / "m.index").write_bytes(table(rows))

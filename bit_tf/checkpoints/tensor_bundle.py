@@ -185,7 +185,7 @@ def load(variable: Variable, shown: str) -> np.ndarray:
 
 
 def text(variable: Variable, shown: str) -> bytes:
-    """Reads one text and compares its checksums.
+    """Reads one text and compares its checksum.
 
     Args:
       variable: one of `variables`.
@@ -209,11 +209,8 @@ def text(variable: Variable, shown: str) -> bytes:
     checksum, value = data[start : start + 4], data[start + 4 :]
     # TensorFlow sums the length as a number of fixed size.
     number = length.to_bytes(4 if length < 1 << 32 else 8, "little")
-    if (
-        length != len(value)
-        or checksum != _masked(_crc32c(number)).to_bytes(4, "little")
-        or variable.crc32c != _masked(_crc32c(number + checksum + value))
-    ):
+    summed = _masked(_crc32c(number + checksum + value))
+    if length != len(value) or summed != variable.crc32c:
         raise _changed(variable, shown)
     return value
 

@@ -322,8 +322,7 @@ def _named(root: Path, prefix: Path) -> list[_Named]:
     names: dict[str, str] = {}
     slots: set[str] = set()
     if _OBJECTS in found:
-        graph = _objects(found[_OBJECTS])
-        names, slots = _object_names(root, graph, found.keys())
+        names, slots = _object_names(root, _objects(found[_OBJECTS]))
     return [
         _Named(key, names.get(key) or key, key in slots, variable)
         for key, variable in found.items()
@@ -345,9 +344,7 @@ def _objects(variable: tensor_bundle.Variable) -> Any:
         ) from error
 
 
-def _object_names(
-    root: Path, graph: Any, keys: Collection[str]
-) -> tuple[dict[str, str], set[str]]:
+def _object_names(root: Path, graph: Any) -> tuple[dict[str, str], set[str]]:
     """(key → name, keys of optimizers' slots), as the object graph says.
 
     Where it gives no full name, the SavedModel's own graph of objects does;
@@ -365,7 +362,7 @@ def _object_names(
     for number, node in enumerate(nodes):
         for attribute in node.attributes:
             key = attribute.checkpoint_key
-            if attribute.name == _VALUE and key in keys:
+            if attribute.name == _VALUE:
                 names[key] = attribute.full_name.removesuffix(":0")
                 if number in slotted:
                     slots.add(key)

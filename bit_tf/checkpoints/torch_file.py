@@ -24,7 +24,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import numpy as np
 
@@ -289,6 +289,7 @@ class _StateDict(restricted_pickle.Machine):
     longest = 255
     opcodes: ClassVar = {
         "BINPERSID": lambda self: self.push(self._persistent(self.pop())),
+        "NEWOBJ": lambda self: self._new(self.pop(), self.pop()),
         "EMPTY_SET": lambda self: self.push(_Other()),
         "SHORT_BINSTRING": lambda self: self.push(
             self.text(self.take(self.take(1)[0]))
@@ -315,10 +316,7 @@ class _StateDict(restricted_pickle.Machine):
     def find(self, name: str) -> _Name:
         name = re.sub("^__builtin__", "builtins", name)
         if name not in _CALLS and not name.startswith("torch."):
-            raise errors.CheckpointFormatError(
-                f"{self.path}: {_RULE}. Received: GLOBAL "
-                f"{layout.printable(name)}. {_REMEDY}"
-            )
+            self._unknown(name)
         return _Name(name)
 
     def call(self, function: Any, args: tuple) -> Any:
@@ -393,6 +391,21 @@ class _StateDict(restricted_pickle.Machine):
         if type(target) is not _Ordered or type(state) is not dict:
             super().build(target, state)
 
+    def _new(self, args: Any, made: Any) -> NoReturn:
+        """Refuses an object of a class, such as a whole network."""
+        if isinstance(made, _Name):
+            self._unknown(made.name)
+        self.refuse(
+            f"a new {restricted_pickle.kind(made)}{self.near()}; "
+            f"{restricted_pickle.HOSTILE}"
+        )
+
+    def _unknown(self, name: str) -> NoReturn:
+        raise errors.CheckpointFormatError(
+            f"{self.path}: {_RULE}. Received: GLOBAL "
+            f"{layout.printable(name)}. {_REMEDY}"
+        )
+
     def _tensor(self, function: str, args: tuple) -> _Tensor:
         match args:
             case (
@@ -435,6 +448,8 @@ class _StateDict(restricted_pickle.Machine):
                 *view,
             ) if size >= 0 and _STORAGE.fullmatch(kind.name):
                 pass
+            case ("module", _Name() as network, *_):
+                self._unknown(network.name)
             case _:
                 self.refuse(
                     f"an unusual storage{self.near()}; "
