@@ -1,22 +1,14 @@
 """Big files from the web, each downloaded once into a cache and checked.
 
-Beside a file `name` in the cache lie:
-
-    name.json        its record: url, size, sha256, etag, downloaded
-    name.part        what has arrived of it so far
-    name.part.json   what `name.part` is a part of
-    name.lock        held by the process that downloads it
-
-The file itself appears whole, by a rename, or not at all.
+A file in the cache appears whole, by a rename, or not at all; what lies beside
+it is listed in `cache_records`.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import email.utils
 import errno
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -24,12 +16,12 @@ import shutil
 import ssl
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
-from bit_tf import errors, files
+from bit_tf import cache_records, errors
 
-__all__ = ["cache_directory", "cached", "compare", "record_of", "shown"]
+__all__ = ["cached", "shown"]
 
 _CHUNK = 2**18
 # Bytes that make an attempt a success, though the connection was cut again.
@@ -37,28 +29,7 @@ _PROGRESS = 2**20
 # The longest wait between two attempts, whatever a server asks for; seconds.
 _MAX_WAIT = 120.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The longest beginning in which a web page is looked for; bytes.
-_HEAD = 2**12
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-
-
-def cache_directory() -> pathlib.Path:
-    """The cache: $BIT_TF_CACHE, or the user's cache folder of this system.
-
-    Raises:
-      DownloadError: $BIT_TF_CACHE begins with "~" and a name nobody has.
-    """
-    if chosen := os.environ.get("BIT_TF_CACHE"):
-        try:
-            return pathlib.Path(chosen).expanduser()
-        except RuntimeError as error:
-            raise errors.DownloadError(
-                "BIT_TF_CACHE is the path of a directory. Received: "
-                f"{chosen!r}: {error} Set it to another one."
-            ) from error
-    import platformdirs
-
-    return platformdirs.user_cache_path("bit-tf")
 
 
 def cached(
@@ -84,7 +55,8 @@ def cached(
     Args:
       url: "http://…" or "https://…".
       size: bytes of the file, if they are known beforehand.
-      directory: where it is kept; `cache_directory()` unless given.
+      directory: where it is kept; `cache_records.cache_directory()` unless
+        given.
       name: its path in `directory`, with "/" between folders; the last part
         of the URL's path unless given.
       attempts: how often in a row the server may be asked in vain.
@@ -98,12 +70,12 @@ def cached(
         the cache cannot be written or has no room.
     """
     address = shown(url)
-    folder = pathlib.Path(directory or cache_directory())
-    place = _Place(folder / _relative(address, name))
+    folder = pathlib.Path(directory or cache_records.cache_directory())
+    place = cache_records.Place(folder / _relative(address, name))
     try:
         # Without the lock, so that a cache may be read-only once it is full.
         if place.file.exists() and place.record.exists():
-            return _checked(place, address, size)
+            return cache_records.checked(place, address, size)
         place.file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place):
             if not place.file.exists():
@@ -112,8 +84,8 @@ def cached(
                 _finish(place, part)
                 return place.file
             if not place.record.exists():
-                _record_found(place, size)
-            return _checked(place, address, size)
+                cache_records.adopt(place, size)
+            return cache_records.checked(place, address, size)
     except errors.DownloadError:
         raise
     except (OSError, NotImplementedError) as error:
@@ -121,116 +93,6 @@ def cached(
             "The cache is a directory with room that can be read and written. "
             f"Received: {folder}: {error}. Set BIT_TF_CACHE to one."
         ) from error
-
-
-def record_of(path: str | os.PathLike[str]) -> pathlib.Path | None:
-    """The record beside a file of the cache; None if it has none."""
-    place = _Place(pathlib.Path(path))
-    if not place.file.is_file() or not place.record.is_file():
-        return None
-    return place.record if "sha256" in _read_json(place.record) else None
-
-
-def compare(
-    paths: Iterable[pathlib.Path], record: str | os.PathLike[str]
-) -> None:
-    """Compares files in huggingface_hub's cache with what they were at first.
-
-    A link to a blob that is named by a SHA-256, as those of big files are, is
-    compared with this name; any other file with the record of its first use,
-    which is made here.
-
-    Args:
-      paths: files, each of another name.
-      record: JSON, name → SHA-256, with its path.
-
-    Raises:
-      DownloadError: a file was changed or damaged, or the record was; or one
-        of them cannot be read or written.
-    """
-    record = pathlib.Path(record)
-    try:
-        known = _read_hashes(record)
-        new = {}
-        for path in paths:
-            _, digest = _measure(path)
-            named = _blob(path)
-            expected = named or known.get(path.name)
-            if expected is None:
-                new[path.name] = digest
-            elif digest != expected:
-                also = (
-                    ""
-                    if named
-                    else "; if its repository has another one now, delete "
-                    f"{record} as well"
-                )
-                raise errors.DownloadError(
-                    f"{path} was changed or damaged since it was downloaded: "
-                    f"expected the SHA-256 {expected}. Received: {digest}. "
-                    f"Delete {os.path.realpath(path)} to download it "
-                    f"again{also}."
-                )
-        if new:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(record, {"sha256": known | new})
-    except errors.DownloadError:
-        raise
-    except OSError as error:
-        raise errors.DownloadError(
-            "Weights from Hugging Face can be read, and their hashes written "
-            f"to {record}. Received: {error}. Set BIT_TF_CACHE to a directory "
-            "with room that can be written, and HF_HOME to one that can be "
-            "read."
-        ) from error
-
-
-def _read_hashes(record: pathlib.Path) -> dict[str, str]:
-    if not record.exists():
-        return {}
-    hashes = _read_json(record).get("sha256")
-    if not isinstance(hashes, dict) or not all(
-        isinstance(digest, str) for digest in hashes.values()
-    ):
-        raise errors.DownloadError(
-            "A record in the cache is JSON with the SHA-256 of files. "
-            f"Received: {record}, which is damaged. Delete it to record them "
-            "anew."
-        )
-    return hashes
-
-
-def _blob(path: pathlib.Path) -> str | None:
-    """The SHA-256 that names what a file is a link to, if one does."""
-    if not path.is_symlink():
-        return None
-    # One step: the blob itself may be a link to a store of other names.
-    blob = pathlib.PurePath(os.readlink(path))
-    is_hash = re.fullmatch("[0-9a-f]{64}", blob.name)
-    return blob.name if is_hash and blob.parent.name == "blobs" else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a file lies in the cache, and what is kept beside it."""
-
-    file: pathlib.Path
-
-    @property
-    def record(self) -> pathlib.Path:
-        return self.file.with_name(f"{self.file.name}.json")
-
-    @property
-    def part(self) -> pathlib.Path:
-        return self.file.with_name(f"{self.file.name}.part")
-
-    @property
-    def note(self) -> pathlib.Path:
-        return self.file.with_name(f"{self.file.name}.part.json")
-
-    @property
-    def lock(self) -> pathlib.Path:
-        return self.file.with_name(f"{self.file.name}.lock")
 
 
 def shown(url: str) -> str:
@@ -278,7 +140,7 @@ def _relative(address: str, name: str | None) -> pathlib.PurePosixPath:
 
 
 @contextlib.contextmanager
-def _locked(place: _Place) -> Iterator[None]:
+def _locked(place: cache_records.Place) -> Iterator[None]:
     import filelock
     from absl import logging
 
@@ -296,111 +158,6 @@ def _locked(place: _Place) -> Iterator[None]:
         lock.release()
 
 
-def _checked(place: _Place, address: str, size: int | None) -> pathlib.Path:
-    """The file, after a comparison with its record.
-
-    Raises:
-      DownloadError: they differ, or the record is of another URL.
-    """
-    record = _read_record(place)
-    if record["url"] not in (None, address):
-        raise errors.DownloadError(
-            f"{place.file} was downloaded from {record['url']}. Received: "
-            f"{address}. Use another name or directory for this one, or delete "
-            f"the file and {place.record.name}."
-        )
-    if size not in (None, record["size"]):
-        raise errors.DownloadError(
-            f"The file at {address} has {size} bytes. Received: {place.file} "
-            f"with {record['size']}, according to its record. Delete the file "
-            f"and {place.record.name} to download it again."
-        )
-    found, digest = _measure(place.file)
-    if (found, digest) != (record["size"], record["sha256"]):
-        raise errors.DownloadError(
-            f"{place.file} was changed or damaged since it was recorded: "
-            f"expected {record['size']} bytes with the SHA-256 "
-            f"{record['sha256']}. Received: {found} bytes, {digest}. Delete it "
-            "to download it again."
-        )
-    return place.file
-
-
-def _measure(path: pathlib.Path) -> tuple[int, str]:
-    """(bytes, SHA-256) of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
-
-
-def _junk(path: pathlib.Path) -> str | None:
-    """What a file is if it is certainly not what was asked for."""
-    with open(path, "rb") as file:
-        head = file.read(_HEAD)
-    if not head:
-        return "an empty file"
-    # Byte order marks and the zeros of UTF-16 count as whitespace.
-    text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\f")
-    if text.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page (HTML or XML), as log-in pages of networks are"
-    return None
-
-
-def _read_record(place: _Place) -> dict[str, Any]:
-    record = _read_json(place.record)
-    if not (
-        isinstance(record.get("url", 0), str | None)
-        and type(record.get("size")) is int
-        and isinstance(record.get("sha256"), str)
-    ):
-        raise errors.DownloadError(
-            "A record in the cache is JSON with url, size and sha256. "
-            f"Received: {place.record}, which is damaged. Delete it and "
-            f"{place.file.name} to download the file again."
-        )
-    return record
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a file; {} if it holds anything else, or is not there."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, RecursionError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    with files.new_file(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
-
-
-def _record_found(place: _Place, expected: int | None) -> None:
-    """Records a file that did not come by a download."""
-    if junk := _junk(place.file):
-        raise errors.DownloadError(
-            f"A file in the cache is a checkpoint. Received: {place.file}, "
-            f"{junk}, which was not downloaded here. Delete it to download it."
-        )
-    size, digest = _measure(place.file)
-    if expected not in (None, size):
-        raise errors.DownloadError(
-            f"{place.file.name} has {expected} bytes. Received: {place.file} "
-            f"with {size}, which was not downloaded here. Delete it to "
-            "download it."
-        )
-    _write_json(
-        place.record,
-        {
-            "url": None,
-            "size": size,
-            "sha256": digest,
-            "etag": None,
-            "downloaded": None,
-        },
-    )
-
-
 class _Part:
     """What has arrived of a file so far, on disk and in a running hash.
 
@@ -414,7 +171,9 @@ class _Part:
       hash: SHA-256 of what has arrived.
     """
 
-    def __init__(self, place: _Place, address: str, size: int | None):
+    def __init__(
+        self, place: cache_records.Place, address: str, size: int | None
+    ):
         self.place = place
         self.shown = address
         self.size = size
@@ -439,7 +198,7 @@ class _Part:
 
     def _resume(self) -> None:
         """Goes on where an earlier process was stopped, if that can be."""
-        note = _read_json(self.place.note)
+        note = cache_records.read_json(self.place.note)
         total, validator = note.get("total"), note.get("validator")
         if (
             note.get("url") != self.shown
@@ -450,9 +209,8 @@ class _Part:
             return
         try:
             with open(self.place.part, "rb") as file:
-                while chunk := file.read(_CHUNK):
-                    self.hash.update(chunk)
-                    self.length += len(chunk)
+                hashlib.file_digest(file, lambda: self.hash)
+                self.length = file.tell()
         except FileNotFoundError:
             return
         self.total, self.validator = total, validator
@@ -471,7 +229,7 @@ class _Part:
         # First the bytes go, lest they be taken for a part of this file.
         self.clear()
         self.total, self.validator = total, validator
-        _write_json(
+        cache_records.write_json(
             self.place.note,
             {"url": self.shown, "validator": validator, "total": total},
         )
@@ -731,11 +489,13 @@ class _Download:
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
-    etag = headers.get("ETag", "")
+    return _etag(headers.get("ETag")) or headers.get("Last-Modified")
+
+
+def _etag(validator: str | None) -> str | None:
+    """A validator if it is a strong ETag, else None."""
     # A weak one only promises a file that means the same.
-    if etag.startswith('"'):
-        return etag
-    return headers.get("Last-Modified")
+    return validator if validator and validator.startswith('"') else None
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -817,18 +577,18 @@ def _fault(url: str, redirects: list[tuple[str, str]]) -> str:
     )
 
 
-def _finish(place: _Place, part: _Part) -> None:
+def _finish(place: cache_records.Place, part: _Part) -> None:
     """Records a complete part and puts it in place.
 
     Raises:
       DownloadError: its bytes are not those of the record, or junk.
     """
-    if junk := _junk(place.part):
+    if junk := cache_records.junk(place.part):
         part.clear()
         raise part.refused(f"it sent {junk}")
     digest = part.hash.hexdigest()
     if place.record.exists():
-        record = _read_record(place)
+        record = cache_records.read(place)
         if digest != record["sha256"]:
             part.clear()
             raise errors.DownloadError(
@@ -839,18 +599,8 @@ def _finish(place: _Place, part: _Part) -> None:
                 f"right, delete {place.record} and download again."
             )
     else:
-        etag = part.validator or ""
-        _write_json(
-            place.record,
-            {
-                "url": part.shown,
-                "size": part.length,
-                "sha256": digest,
-                "etag": etag if etag.startswith('"') else None,
-                "downloaded": datetime.datetime.now(datetime.UTC).isoformat(
-                    timespec="seconds"
-                ),
-            },
+        cache_records.write(
+            place, part.length, digest, part.shown, _etag(part.validator)
         )
     os.replace(place.part, place.file)
     place.note.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import re
 import urllib.parse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bit_tf import cached_download, errors, presets, variants
+from bit_tf import cache_records, cached_download, errors, presets, variants
 
 if TYPE_CHECKING:
     from bit_tf import checkpoints
@@ -180,7 +180,7 @@ def open_checkpoint(
         )
         check(located.variant, *facts)
     except errors.CheckpointError as error:
-        record = cached_download.record_of(located.path)
+        record = cache_records.record_of(located.path)
         if record is None:
             raise
         raise type(error)(
@@ -241,7 +241,7 @@ def _bucket(row: variants.Variant, suffix: str) -> pathlib.Path:
     return cached_download.cached(
         f"{base}/{name}",
         size=row.size if suffix == ".npz" else None,
-        directory=cached_download.cache_directory() / folder,
+        directory=cache_records.cache_directory() / folder,
         name=name,
     )
 
@@ -271,7 +271,7 @@ def _web(url: str) -> pathlib.Path:
     safe = re.sub(r"[^\w.-]", "_", name)[-150:]
     return cached_download.cached(
         url,
-        directory=cached_download.cache_directory() / "files",
+        directory=cache_records.cache_directory() / "files",
         name=f"{digest}-{safe}",
     )
 
@@ -339,9 +339,9 @@ def _hugging_face(address: str, source: str) -> pathlib.Path:
             directory.glob("pytorch_model*.bin")
         )
         if weights:
-            cached_download.compare(
+            cache_records.compare(
                 weights,
-                cached_download.cache_directory()
+                cache_records.cache_directory()
                 / "huggingface"
                 / f"{repository.replace('/', '--')}@{directory.name}.json",
             )

@@ -6,6 +6,8 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 
+import tqdm
+
 from bit_tf import checkpoints, errors, labels, published
 from bit_tf.checkpoints import checkpoint as checkpoint_module
 from hub_export import sources
@@ -101,8 +103,25 @@ def _write(checkpoint, path: pathlib.Path, to: str, head: bool, facts) -> None:
         )
         folded.write(model, path, facts=facts)
         return
-    arrays = checkpoints.Selection(checkpoint, facts, head=head)
-    checkpoints.write(arrays, path, format=to)
+    arrays = _Watched(checkpoint, facts, head=head)
+    with arrays.bar:
+        checkpoints.write(arrays, path, format=to)
+
+
+class _Watched(checkpoints.Selection):
+    """Shows on a terminal how many of the arrays have been read."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # Only of what takes time.
+        self.bar = tqdm.tqdm(
+            total=len(self), unit="array", delay=1, disable=None, leave=False
+        )
+
+    def __getitem__(self, name):
+        array = super().__getitem__(name)
+        self.bar.update()
+        return array
 
 
 def _publish(

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -91,16 +90,6 @@ def test_a_file_is_downloaded_once(server, cache, capsys):
     assert server.seen[0].headers["accept-encoding"] == "identity"
     assert server.seen[0].range is None
     assert capsys.readouterr() == ("", "")
-
-
-def test_the_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("BIT_TF_CACHE", "~/models")
-    assert cached_download.cache_directory() == pathlib.Path.home() / "models"
-    monkeypatch.setenv("BIT_TF_CACHE", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if sys.platform == "linux":
-        assert cached_download.cache_directory() == tmp_path / "bit-tf"
-    assert "bit-tf" in str(cached_download.cache_directory())
 
 
 def test_a_home_of_nobody(server, monkeypatch):
@@ -825,77 +814,6 @@ def test_a_file_put_there_by_hand(server, cache):
     (cache / NAME).write_bytes(b"by hanD")
     with pytest.raises(errors.DownloadError, match="changed or damaged"):
         fetch(server)
-
-
-def linked(folder, name, data, blob, chain=False):
-    """A file as huggingface_hub keeps it."""
-    blobs = folder / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
-    if chain:
-        (folder / "store").mkdir()
-        (folder / "store" / sha256(b"other")).write_bytes(data)
-        (blobs / blob).symlink_to(folder / "store" / sha256(b"other"))
-    else:
-        (blobs / blob).write_bytes(data)
-    path = folder / "snapshots" / "commit" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(os.path.relpath(blobs / blob, path.parent))
-    return path
-
-
-@pytest.mark.parametrize("chain", [False, True])
-def test_blobs_are_compared_with_their_names(tmp_path, chain):
-    path = linked(tmp_path, "a.safetensors", BODY, sha256(BODY), chain)
-    record = tmp_path / "cache" / "record.json"
-    cached_download.compare([path], record)
-    path.write_bytes(BODY[:-1] + b"?")
-    with pytest.raises(errors.DownloadError, match=sha256(BODY)) as caught:
-        cached_download.compare([path], record)
-    assert f"Delete {path.resolve()} to" in str(caught.value)
-    assert not record.parent.exists()
-
-
-def test_other_files_are_compared_with_their_first_content(tmp_path):
-    """Small ones, copies, and links elsewhere than to blobs."""
-    first = linked(tmp_path, "a.bin", b"1", "0" * 40)
-    copy = first.with_name("b.bin")
-    copy.write_bytes(b"2")
-    elsewhere = first.with_name("c.bin")
-    (tmp_path / sha256(b"?")).write_bytes(b"3")
-    elsewhere.symlink_to(tmp_path / sha256(b"?"))
-    record = tmp_path / "cache" / "huggingface" / "a--b@commit.json"
-    cached_download.compare([first, copy], record)
-    cached_download.compare([elsewhere], record)
-    hashes = {"a.bin": b"1", "b.bin": b"2", "c.bin": b"3"}
-    assert json.loads(record.read_text()) == {
-        "sha256": {name: sha256(data) for name, data in hashes.items()}
-    }
-    for path in (first, copy, elsewhere):
-        cached_download.compare([path], record)
-        path.write_bytes(b"4")
-        with pytest.raises(errors.DownloadError, match=path.name) as caught:
-            cached_download.compare([path], record)
-        assert f"Delete {path.resolve()} to" in str(caught.value)
-        assert f"delete {record} as well" in str(caught.value)
-    for text in ("", "[]", "{}", '{"sha256": {"a.bin": 1}}', "[" * 100_000):
-        record.write_text(text)
-        with pytest.raises(errors.DownloadError, match="is damaged") as caught:
-            cached_download.compare([first], record)
-        assert str(record) in str(caught.value)
-    with pytest.raises(errors.DownloadError, match="BIT_TF_CACHE"):
-        cached_download.compare([first], first / "record.json")
-    with pytest.raises(errors.DownloadError, match="No such file"):
-        cached_download.compare([tmp_path / "none"], tmp_path / "record.json")
-
-
-def test_the_record_of_a_file(server, cache, tmp_path):
-    path = fetch(server)
-    assert cached_download.record_of(path) == cache / f"{NAME}.json"
-    for folder in (tmp_path, "/", ".", ""):
-        assert cached_download.record_of(folder) is None
-    (tmp_path / "own.npz").write_bytes(b"x")
-    (tmp_path / "own.npz.json").write_text("{}")
-    assert cached_download.record_of(tmp_path / "own.npz") is None
 
 
 def test_a_cache_that_cannot_be(server, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ LAYERS = """
     bit_tf/errors bit_tf/files
     bit_tf/handles bit_tf/variants bit_tf/labels bit_tf/hyperrule
         bit_tf/archive bit_tf/presets bit_tf/resampling bit_tf/download
-        bit_tf/cached_download
+        bit_tf/cache_records bit_tf/cached_download
     bit_tf/checkpoints/*
     bit_tf/hub
     bit_tf/published
