@@ -225,7 +225,7 @@ def test_unused_arrays_are_reported(small_npz, tmp_path, monkeypatch):
         models.logging, "warning", lambda text, *values: told.append(values)
     )
     bit_tf.load_model(tmp_path / "more.npz")
-    assert told == [(tmp_path / "more.npz", "global_step")]
+    assert told == [(str(tmp_path / "more.npz"), "global_step")]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
