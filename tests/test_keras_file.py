@@ -687,7 +687,8 @@ def test_a_bomb_of_false_size_stops(path, tmp_path, monkeypatch):
         (10, "<H", 14, "compression method 14"),
         (20, "<I", 1 << 31, "outside the file"),
         (24, "<I", 17, "two different sizes"),
-        (42, "<I", 5, "no member"),
+        # Python 3.13 sees by itself that two members overlap.
+        (42, "<I", 5, "no member|Overlapped"),
         (42, "<I", 0, "another member"),
     ],
 )
