@@ -69,7 +69,8 @@ def test_jax(small_npz, small_arrays, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(
     not importlib.util.find_spec("torch"),
-    reason="needs torch: pip install -c constraints.txt '.[oracle]'",
+    reason="needs torch: pip install -c constraints.txt '.[oracle]', then "
+    "pytest -m slow",
 )
 def test_torch(small_npz, small_arrays, tmp_path):
     check("torch", small_npz, small_arrays, tmp_path)
