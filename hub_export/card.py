@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 import bit_tf
 from bit_tf import variants
@@ -50,6 +52,11 @@ class Card:
     preset: dict | None = None
     citations: tuple[str, ...] = (variants.BIT,)
 
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Card":
+        """Reads what `save` wrote; raises TypeError for other keys."""
+        return cls(**{**found, "citations": tuple(found.get("citations", ()))})
+
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
@@ -77,6 +84,15 @@ class Provenance:
     extra_arrays: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Provenance":
+        """Reads what `save` wrote; raises TypeError for other keys."""
+        tuples = {
+            name: tuple(found.get(name, ()))
+            for name in ("extra_arrays", "notes")
+        }
+        return cls(**{**found, **tuples})
 
 
 def versions() -> dict[str, str]:

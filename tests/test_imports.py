@@ -22,7 +22,7 @@ LAYERS = """
         bit_tf/archive bit_tf/presets bit_tf/resampling bit_tf/download
         bit_tf/cache_records bit_tf/cached_download
     bit_tf/checkpoints/*
-    bit_tf/hub
+    bit_tf/hub_cache bit_tf/hub_fetch bit_tf/hub bit_tf/keras_layer
     bit_tf/published
     bit_tf/images
     bit_tf/layers
@@ -33,8 +33,12 @@ LAYERS = """
     bit_tf/commands/*
     hub_export/golden hub_export/card hub_export/digits
         hub_export/random_weights hub_export/sources
-    hub_export/saved_model hub_export/formats
+    hub_export/entry hub_export/tree
+    hub_export/graph hub_export/documentation hub_export/saved_model
+        hub_export/formats
+    hub_export/pages hub_export/verification
     hub_export/demo hub_export/repository hub_export/cache
+    hub_export/publishing hub_export/site
     hub_export/server hub_export/stores/*
     hub_export/commands/*
     benchmarks/*
