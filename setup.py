@@ -16,6 +16,8 @@ EXTRAS = {
     "huggingface": ["huggingface_hub>=0.30"],
     "parquet": ["pyarrow>=15"],
     "plot": ["matplotlib>=3.8"],
+    # Older versions of Starlette answer some Range headers in quadratic time.
+    "serve": ["starlette>=0.49.1", "uvicorn>=0.34"],
     # Older ones' weights-only loader could be made to run code.
     "torch": ["torch>=2.6"],
 }
@@ -23,10 +25,12 @@ EXTRAS["test"] = [
     *EXTRAS["huggingface"],
     *EXTRAS["parquet"],
     *EXTRAS["plot"],
+    *EXTRAS["serve"],
     "ipykernel>=6.29",
     "jax>=0.5",
     "mypy>=1.11",
     "nbclient>=0.10",
+    "playwright>=1.50",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.6",
@@ -46,13 +50,14 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["bit_tf*", "hub_export*"]),
     package_data={
         "bit_tf": ["data/*", "py.typed"],
-        "hub_export": ["data/*", "py.typed"],
+        "hub_export": ["data/*", "data/pages/*", "py.typed"],
     },
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
         "filelock>=3.13",
         "h5py>=3.11",
+        "jinja2>=3.1.6",
         "keras>=3.8",
         "numpy>=1.26",
         "pillow>=10.3",

@@ -10,7 +10,6 @@ Beside a file `name` in the cache lie:
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import pathlib
@@ -116,7 +115,7 @@ def checked(place: Place, address: str, size: int | None) -> pathlib.Path:
             f"with {record['size']}, according to its record. Delete the file "
             f"and {place.record.name} to download it again."
         )
-    found, digest = _measure(place.file)
+    found, digest = files.measure(place.file)
     if (found, digest) != (record["size"], record["sha256"]):
         raise errors.DownloadError(
             f"{place.file} was changed or damaged since it was recorded: "
@@ -198,7 +197,7 @@ def adopt(place: Place, expected: int | None) -> None:
             f"{reason}, which was not downloaded here. Delete it to download "
             "it."
         )
-    size, digest = _measure(place.file)
+    size, digest = files.measure(place.file)
     if expected not in (None, size):
         raise errors.DownloadError(
             f"{place.file.name} has {expected} bytes. Received: {place.file} "
@@ -273,7 +272,7 @@ def compare(
         known = _read_hashes(record)
         new = {}
         for path in paths:
-            _, digest = _measure(path)
+            _, digest = files.measure(path)
             named = _blob(path)
             expected = named or known.get(path.name)
             if expected is None:
@@ -333,10 +332,3 @@ def _damaged(
         f"A record in the cache is JSON with {content}. Received: {record}, "
         f"which is damaged. Delete it {remedy}."
     )
-
-
-def _measure(path: pathlib.Path) -> tuple[int, str]:
-    """(bytes, SHA-256) of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest

@@ -4,7 +4,6 @@ A file in the cache appears whole, by a rename, or not at all; what lies beside
 it is listed in `cache_records`.
 """
 
-import contextlib
 import datetime
 import email.utils
 import errno
@@ -16,12 +15,12 @@ import shutil
 import ssl
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import BinaryIO
 
-from bit_tf import cache_records, errors
+from bit_tf import cache_records, errors, files
 
-__all__ = ["cached", "shown"]
+__all__ = ["cached", "root_cause", "shown"]
 
 _CHUNK = 2**18
 # Bytes that make an attempt a success, though the connection was cut again.
@@ -41,6 +40,7 @@ def cached(
     attempts: int = 5,
     backoff: float = 1.0,
     timeout: float = 30.0,
+    setting: str = "BIT_TF_CACHE",
 ) -> pathlib.Path:
     """The local path of a file, downloaded if the cache does not have it.
 
@@ -63,6 +63,7 @@ def cached(
       backoff: seconds before the second attempt; doubled each time. A
         server's Retry-After goes first, up to two minutes.
       timeout: seconds in which a connection must be made, and any byte come.
+      setting: the environment variable with the directory, for messages.
 
     Raises:
       DownloadError: the file could not be fetched whole; it or its record was
@@ -77,9 +78,9 @@ def cached(
         if place.file.exists() and place.record.exists():
             return cache_records.checked(place, address, size)
         place.file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(place):
+        with files.locked(place.lock, f"downloads {place.file}"):
             if not place.file.exists():
-                part = _Part(place, address, size)
+                part = _Part(place, address, size, setting)
                 _Download(url, part, timeout).run(attempts, backoff)
                 _finish(place, part)
                 return place.file
@@ -91,7 +92,7 @@ def cached(
     except (OSError, NotImplementedError) as error:
         raise errors.DownloadError(
             "The cache is a directory with room that can be read and written. "
-            f"Received: {folder}: {error}. Set BIT_TF_CACHE to one."
+            f"Received: {folder}: {error}. Set {setting} to one."
         ) from error
 
 
@@ -139,31 +140,13 @@ def _relative(address: str, name: str | None) -> pathlib.PurePosixPath:
     return relative
 
 
-@contextlib.contextmanager
-def _locked(place: cache_records.Place) -> Iterator[None]:
-    import filelock
-    from absl import logging
-
-    lock = filelock.FileLock(place.lock)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logging.warning(
-            "Waiting for another process that downloads %s", place.file
-        )
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class _Part:
     """What has arrived of a file so far, on disk and in a running hash.
 
     Attributes:
       shown: the URL, without what must not be shown.
       size: bytes of the whole file if the caller knows them.
+      setting: the environment variable with the cache's directory.
       length: bytes that have arrived.
       total: bytes of the whole file if the server said so.
       validator: the server's strong ETag or Last-Modified of the file, which
@@ -172,11 +155,16 @@ class _Part:
     """
 
     def __init__(
-        self, place: cache_records.Place, address: str, size: int | None
+        self,
+        place: cache_records.Place,
+        address: str,
+        size: int | None,
+        setting: str,
     ):
         self.place = place
         self.shown = address
         self.size = size
+        self.setting = setting
         self.length = 0
         self.total: int | None = None
         self.validator: str | None = None
@@ -273,7 +261,7 @@ class _Part:
         return errors.DownloadError(
             f"{self.place.file.name} from {self.shown} needs {needed} in "
             f"{self.place.file.parent}. Received: {why}. Make room there, or "
-            f"set BIT_TF_CACHE to a directory on a larger disk.{kept}"
+            f"set {self.setting} to a directory on a larger disk.{kept}"
         )
 
     def refused(self, why: str) -> errors.DownloadError:
@@ -377,7 +365,7 @@ class _Download:
                     file.flush()
                     os.fsync(file.fileno())
             except requests.RequestException as error:
-                root, reason = _reason(error)
+                root, reason = root_cause(error)
                 raise _AttemptError(reason) from root
             except OSError as error:
                 if error.errno in _FULL:
@@ -422,7 +410,7 @@ class _Download:
             # Its text, and so the chained traceback, may quote the password.
             raise part.refused(_fault(self._url, redirects)) from None
         except requests.RequestException as error:
-            root, reason = _reason(error)
+            root, reason = root_cause(error)
             if rejected := _certificate(error):
                 raise part.refused(
                     "its certificate could not be verified "
@@ -514,8 +502,11 @@ def _retry_after(value: str | None) -> float | None:
     return min(max(seconds, 0.0), _MAX_WAIT)
 
 
-def _reason(error: Exception) -> tuple[BaseException, str]:
-    """What lies behind an error of requests, whose text quotes the query."""
+def root_cause(error: Exception) -> tuple[BaseException, str]:
+    """(exception, text): what lies behind an error of requests.
+
+    The error's own text may quote the query.
+    """
     inner = error.args[0] if error.args else None
     root = getattr(inner, "reason", None)
     if not isinstance(root, BaseException):

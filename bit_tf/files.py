@@ -1,6 +1,8 @@
 """Files and directories that appear whole, by rename, or not at all."""
 
 import contextlib
+import errno
+import hashlib
 import os
 import pathlib
 import secrets
@@ -8,7 +10,17 @@ import shutil
 from collections.abc import Iterator
 from typing import BinaryIO
 
-__all__ = ["new_directory", "new_file"]
+__all__ = [
+    "locked",
+    "measure",
+    "new_directory",
+    "new_file",
+    "sync",
+    "sync_tree",
+]
+
+# What file systems answer that cannot sync a directory.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
@@ -28,6 +40,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
+        sync(staging.parent)
     finally:
         staging.unlink(missing_ok=True)
 
@@ -55,7 +68,7 @@ def new_directory(
     staging.mkdir()
     try:
         yield str(staging)
-        _sync(staging)
+        sync_tree(staging)
         if overwrite and os.path.lexists(path):
             old = _sibling(path)
             os.rename(path, old)
@@ -67,8 +80,76 @@ def new_directory(
             _remove(old)
         else:
             os.rename(staging, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], work: str) -> Iterator[None]:
+    """Keeps other processes out, and waits for one that is in.
+
+    The system releases the lock of a process that dies.
+
+    Args:
+      path: the lock's file, which stays where it is.
+      work: what is done under the lock, for a message, such as "publishes".
+
+    Raises:
+      OSError: the file cannot be made.
+      NotImplementedError: the file system has no locks.
+    """
+    import filelock
+    from absl import logging
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logging.warning("Waiting for another process that %s", work)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def measure(path: str | os.PathLike[str]) -> tuple[int, str]:
+    """(bytes, SHA-256 in hexadecimal digits) of a file.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def sync_tree(directory: str | os.PathLike[str]) -> None:
+    """Has the disk keep all files and folders of a directory, and itself.
+
+    Raises:
+      OSError: it could not.
+    """
+    for folder, _, names in os.walk(directory):
+        for name in [*names, "."]:
+            sync(os.path.join(folder, name))
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Has the disk keep a file, or a directory's names.
+
+    Raises:
+      OSError: it could not.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _sibling(path: pathlib.Path) -> pathlib.Path:
@@ -82,13 +163,3 @@ def _remove(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink()
-
-
-def _sync(directory: pathlib.Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in [*names, "."]:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

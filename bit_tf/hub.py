@@ -1,97 +1,403 @@
 """Models by handle: find, load, and make fast for inference."""
 
-import hashlib
+import importlib
 import os
 import pathlib
-import tempfile
+import re
+import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from typing import Any
 
-import tensorflow as tf
+from bit_tf import (
+    archive,
+    errors,
+    handles,
+    hub_cache,
+    hub_fetch,
+    hub_install,
+    integrity,
+)
 
-from bit_tf import archive, errors
-
-__all__ = ["freeze", "load", "picture_function", "resolve"]
+__all__ = [
+    "KerasLayer",  # noqa: F822
+    "as_address",
+    "fetch",
+    "freeze",
+    "load",
+    "picture_function",
+    "resolve",
+]
 
 # A frozen graph is one protocol buffer, which cannot pass 2 GiB; the rest of
 # the graph needs a little of that.
 FREEZE_LIMIT = 2**31 - 2**24
+# How often another program's lock is looked at; seconds.
+_POLL = 1.0
+# The longest wait for a repository's newest version where the cache has one;
+# seconds.
+_PATIENCE = 5.0
+_KINDS = "A model handle is a directory, a .tar.gz archive or a URL."
 
 
-def resolve(handle: str | os.PathLike) -> str:
+def resolve(
+    handle: str | os.PathLike,
+    *,
+    offline: bool | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> str:
     """The local directory of a model, downloaded or unpacked if necessary.
+
+    In this order it is taken from this disk; from the cache of tensorflow_hub,
+    under any spelling of its handle, if it is whole there; and from what
+    `fetch` tries. An address without a version means the newest one that its
+    repository, a mirror or, where they cannot be reached, the cache has.
 
     Args:
       handle: a directory, a local .tar.gz archive, or any handle that
         tensorflow_hub resolves, such as
-        "https://tfhub.dev/google/bit/m-r50x1/1". Downloads and unpacked
-        archives are kept in $TFHUB_CACHE_DIR.
+        "https://tfhub.dev/google/bit/m-r50x1/1", or the same without
+        "https://tfhub.dev/".
+      offline: whether only this disk is used; $BIT_TF_HUB_OFFLINE unless
+        given.
+      cache: the cache; $TFHUB_CACHE_DIR unless given.
 
     Raises:
-      HandleError: there is nothing at the handle, or it could not be fetched.
-      ArchiveError: the archive is damaged or hostile.
+      HandleError: there is nothing at the handle, or it could not be fetched;
+        the message lists all that was tried.
+      ArchiveError: the local archive is damaged or hostile.
     """
-    handle = os.fsdecode(handle)
-    if handle.startswith("file://"):
-        handle = urllib.request.url2pathname(urllib.parse.urlsplit(handle).path)
-    if os.path.isdir(handle):
-        return handle
-    if os.path.isfile(handle):
-        if not archive.is_archive(handle):
+    text = os.fsdecode(handle)
+    if text.startswith("file://"):
+        text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+    if os.path.isdir(text):
+        return text
+    if os.path.isfile(text):
+        if not archive.is_archive(text):
             raise errors.HandleError(
-                "A model handle is a directory, a .tar.gz archive or a URL. "
-                f"Received: the file {handle!r}. A checkpoint becomes a model "
-                "directory with: hub-export convert CHECKPOINT DIRECTORY"
+                f"{_KINDS} Received: the file {text!r}. A checkpoint becomes a "
+                "model directory with: hub-export convert CHECKPOINT DIRECTORY"
             )
-        return _unpacked(handle)
-    if "://" not in handle:
+        return _unpacked(text, hub_cache.directory(cache))
+    address = as_address(text)
+    offline = _is_offline(offline)
+    if _is_left_to_tensorflow_hub(address):
+        return _by_tensorflow_hub(address, offline)
+    root = hub_cache.directory(cache)
+    if not hub_fetch.is_versioned(address):
+        address = _newest(address, offline, root) or address
+    found = hub_cache.find(address, root) or _awaited(address, root)
+    if found is not None:
+        return str(found.path)
+    return fetch(address, offline=offline, cache=root)
+
+
+def fetch(
+    handle: str,
+    *,
+    offline: bool | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    replace: bool = False,
+) -> str:
+    """The local directory of a model that the cache does not have.
+
+    Tried are, in this order, the mirrors in $BIT_TF_HUB_MIRRORS, which are
+    addresses or directories of repositories, for handles of tfhub.dev and
+    Kaggle; the handle itself; and its twin on Kaggle or tfhub.dev. Size and
+    SHA-256 are compared with the repository's entry, where there is one.
+
+    Args:
+      handle: an http or https address of a model.
+      offline: whether only directories are tried; $BIT_TF_HUB_OFFLINE unless
+        given.
+      cache: where it is kept, under this handle; $TFHUB_CACHE_DIR unless
+        given.
+      replace: whether it is put there though the cache seems to have it; what
+        a mirror's directory has is copied then, not used in place.
+
+    Raises:
+      HandleError: it could not be fetched; the message lists all that was
+        tried.
+    """
+    root = hub_cache.directory(cache)
+    offline = _is_offline(offline)
+    tried = [f"the cache {root}: {_in_cache(handle, root)}"]
+    last: Exception | None = None
+    for name, source in _sources(handle):
+        is_web = isinstance(source, str)
+        if is_web and offline:
+            tried.append(f"{name}: not asked, in offline mode")
+            continue
+        try:
+            if isinstance(source, pathlib.Path):
+                return _from_repository(handle, source, root, replace)
+            path = hub_fetch.fetch(
+                handle, root=root, address=source, replace=replace
+            )
+            return str(path)
+        except (errors.BitTfError, OSError) as error:
+            tried.append(f"{name}: {error}")
+            last = error
+    listed = "\n".join(f"- {line}" for line in tried)
+    raise errors.HandleError(
+        f"No model could be fetched from {hub_cache.shown(handle)!r}. "
+        f"Received, from all that was tried:\n{listed}\nCheck the address and "
+        "the network; or pass a directory or .tar.gz archive; or name "
+        "repositories that have it in $BIT_TF_HUB_MIRRORS; or put it into the "
+        "cache with: hub-export cache seed 'HANDLE=SOURCE'"
+    ) from last
+
+
+def as_address(text: str) -> str:
+    """The address that somebody meant.
+
+    Args:
+      text: an address, or a handle of `variants` without "https://tfhub.dev/".
+
+    Raises:
+      HandleError: it is none.
+    """
+    if "://" in text:
+        return text
+    try:
+        handle = handles.Handle.parse(text)
+    except errors.HandleError:
+        handle = None
+    if handle and handles.kaggle_twin(handle.at(handle.version or 1)):
+        return f"{handles.TFHUB}{handle}"
+    raise errors.HandleError(
+        f"{_KINDS} Received: {text!r}, and no such path exists."
+    )
+
+
+def _is_offline(offline: bool | None) -> bool:
+    if offline is not None:
+        return offline
+    value = os.environ.get("BIT_TF_HUB_OFFLINE", "").strip().lower()
+    return value not in ("", "0", "false", "no", "off")
+
+
+def _is_left_to_tensorflow_hub(address: str) -> bool:
+    """Whether it is gs:// and the like, or read in place from such."""
+    load_format = os.environ.get("TFHUB_MODEL_LOAD_FORMAT")
+    return (
+        not re.match("https?://", address, re.IGNORECASE)
+        or load_format == "UNCOMPRESSED"
+    )
+
+
+def _by_tensorflow_hub(address: str, offline: bool) -> str:
+    if offline:
         raise errors.HandleError(
-            "A model handle is a directory, a .tar.gz archive or a URL. "
-            f"Received: {handle!r}, and no such path exists."
+            "In offline mode a model is on this disk. Received: "
+            f"{hub_cache.shown(address)!r}, which tensorflow_hub reads from "
+            "afar. Unset BIT_TF_HUB_OFFLINE, or copy it here and pass the "
+            "directory."
         )
+    import tensorflow as tf
     import tensorflow_hub
 
     try:
-        return tensorflow_hub.resolve(handle)
+        return tensorflow_hub.resolve(address)
     except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
         raise errors.HandleError(
-            f"No model could be fetched from {handle!r}: {error}. Check the "
-            "address and the network, or pass a directory or .tar.gz archive."
+            f"No model could be fetched from {hub_cache.shown(address)!r}: "
+            f"{error}. Check the address and the network, or pass a directory "
+            "or .tar.gz archive."
         ) from error
 
 
-def _unpacked(path: str) -> str:
-    """The directory of an unpacked archive, under its content's hash."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    cache = os.environ.get("TFHUB_CACHE_DIR") or os.path.join(
-        tempfile.gettempdir(), "tfhub_modules"
-    )
-    directory = pathlib.Path(cache) / f"sha256-{digest}"
+def _newest(address: str, offline: bool, root: pathlib.Path) -> str | None:
+    """The address of the newest version; None if nothing tells it."""
+    known = handles.known(address)
+    base = address if known is None else f"{handles.TFHUB}{known}"
+    cached = _newest_in_cache(base, root)
+    timeout = {} if cached is None else {"timeout": _PATIENCE}
+    for _, source in _sources(address):
+        try:
+            if isinstance(source, pathlib.Path):
+                return _with_version(base, _released(source).handle.version)
+            newest = None if offline else hub_fetch.newest(source, **timeout)
+        except (errors.BitTfError, OSError):
+            # Who is asked for the model next says so too.
+            continue
+        if newest is not None:
+            return _with_version(base, newest)
+    return None if cached is None else _with_version(base, cached)
+
+
+def _with_version(address: str, version: int | None) -> str:
+    """The address of one version of a model."""
+    parts = urllib.parse.urlsplit(address)
+    path = f"{parts.path.rstrip('/')}/{version}"
+    return urllib.parse.urlunsplit(parts._replace(path=path))
+
+
+def _newest_in_cache(address: str, root: pathlib.Path) -> int | None:
+    """The newest version of a model that the cache has whole."""
+    found = []
     try:
-        # A temporary folder may have been swept, half of it or all.
-        if not _holds_model(directory):
-            archive.unpack(path, directory, overwrite=True)
-    except OSError as error:
+        entries = hub_cache.entries(root)
+    except OSError:
+        return None
+    for entry in entries:
+        version = (entry.handle or "").rstrip("/").rpartition("/")[2]
+        if (
+            re.fullmatch("[1-9][0-9]{0,8}", version)
+            and _with_version(address, int(version))
+            in handles.spellings(entry.handle or "")
+            and not hub_cache.damage(entry)
+        ):
+            found.append(int(version))
+    return max(found, default=None)
+
+
+def _awaited(address: str, root: pathlib.Path) -> hub_cache.Entry | None:
+    """The entry that tensorflow_hub is making in another process."""
+    from absl import logging
+
+    spellings = [hub_cache.key(text) for text in handles.spellings(address)]
+    waited = False
+    while True:
+        running = [hub_cache.Entry(root, name).download for name in spellings]
+        living = [lock for lock in running if lock and lock.living]
+        if not living:
+            return hub_cache.find(address, root) if waited else None
+        if not waited:
+            logging.warning(
+                "Waiting for tensorflow_hub of %s, which downloads %s",
+                living[0].holder,
+                hub_cache.shown(address),
+            )
+        waited = True
+        time.sleep(_POLL)
+
+
+def _in_cache(address: str, root: pathlib.Path) -> str:
+    """What the cache has of a model that is not whole there."""
+    spellings = handles.spellings(address)
+    broken = []
+    for spelling in spellings:
+        entry = hub_cache.Entry(root, hub_cache.key(spelling))
+        if entry.exists and (problems := hub_cache.damage(entry)):
+            broken.append(f"{entry.key}: {problems[0]}")
+    if not broken:
+        return f"not there, in any of {len(spellings)} spellings"
+    more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return f"broken there ({broken[0]}){more}"
+
+
+def _sources(address: str) -> Iterator[tuple[str, str | pathlib.Path]]:
+    """(name, web address or version's folder) of all that may have a model."""
+    known = handles.known(address)
+    text = os.environ.get("BIT_TF_HUB_MIRRORS", "")
+    for mirror in filter(None, re.split(r"[\s,]+", text)) if known else ():
+        if re.match("https?://", mirror, re.IGNORECASE):
+            parts = urllib.parse.urlsplit(mirror)
+            path = f"{parts.path.rstrip('/')}/{known}"
+            found = urllib.parse.urlunsplit(parts._replace(path=path))
+            yield f"the mirror {hub_cache.shown(found)}", found
+            continue
+        if mirror.startswith("file://"):
+            path = urllib.parse.urlsplit(mirror).path
+            mirror = urllib.request.url2pathname(path)
+        folder = pathlib.Path(os.path.expanduser(mirror), str(known))
+        yield f"the mirror {folder}", folder
+    yield f"the handle {hub_cache.shown(address)}", address
+    if known is not None:
+        twin = handles.kaggle_twin(known)
+        host = urllib.parse.urlsplit(address).hostname or ""
+        if host.removeprefix("www.") == "kaggle.com":
+            twin = f"{handles.TFHUB}{known}"
+        if twin is not None:
+            yield f"its twin {twin}", twin
+
+
+def _released(folder: pathlib.Path) -> handles.Release:
+    """The entry in a folder of a repository on this disk.
+
+    Raises:
+      HandleError: it is damaged, or there is none.
+    """
+    try:
+        text = (folder / handles.ENTRY_FILE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise errors.HandleError(
-            f"{path!r} could not be unpacked into {cache!r}: {error}. Set "
-            "TFHUB_CACHE_DIR to a directory with room that can be written."
-        ) from error
-    return str(directory)
+            f"a repository has {handles.ENTRY_FILE} of a model in its folder. "
+            f"Received: {str(folder)!r} without it."
+        ) from None
+    return handles.Release.parse(text)
 
 
-def _holds_model(directory: pathlib.Path) -> bool:
-    return (directory / "saved_model.pb").is_file() and (
-        (directory / "variables" / "variables.index").is_file()
-        or not (directory / "variables").exists()
+def _from_repository(
+    handle: str, folder: pathlib.Path, root: pathlib.Path, replace: bool
+) -> str:
+    """A model in a repository on this disk: in place, or its archive.
+
+    Raises:
+      HandleError: the repository does not have it whole.
+      ArchiveError: its archive is damaged or hostile.
+    """
+    published = _released(folder)
+    if folder.parts[-len(published.handle.path.split("/")) :] != tuple(
+        published.handle.path.split("/")
+    ):
+        raise errors.HandleError(
+            f"{folder / handles.ENTRY_FILE} describes what is in its folder. "
+            f"Received: an entry of {published.handle}."
+        )
+    expected = {file.path: file for file in published.files}
+    model = folder / handles.MODEL_FOLDER
+    problems = integrity.examine(model, expected=expected)
+    packed = pathlib.Path(f"{folder}{handles.ARCHIVE_SUFFIX}")
+    if not problems and not replace:
+        return str(model)
+    source, found = model, None
+    if problems:
+        if not packed.is_file():
+            raise errors.HandleError(
+                f"{model} is not whole ({problems[0]}), and there is no "
+                f"{packed.name}. Publish it anew."
+            )
+        source, found = packed, hub_fetch.check_archive(packed, published)
+    path = hub_install.install_one(
+        hub_cache.key(handle),
+        handle,
+        source,
+        root=root,
+        origin=str(source),
+        archive=found,
+        expected=expected,
+        existing="replace" if replace else "keep",
     )
+    return str(path)
 
 
-def load(handle: str | os.PathLike):
+def _unpacked(path: str, root: pathlib.Path) -> str:
+    """The directory of an unpacked archive, under its content's hash."""
+    found = hub_fetch.check_archive(path, None)
+    entry = hub_cache.Entry(root, f"sha256-{found.sha256}")
+    # A temporary folder may have been swept, half of it or all.
+    if not entry.exists or hub_cache.damage(entry):
+        hub_install.install_one(
+            entry.key,
+            None,
+            path,
+            root=root,
+            origin=os.path.abspath(path),
+            archive=found,
+            check=None,
+        )
+    return str(entry.path)
+
+
+def load(handle: str | os.PathLike, *, options=None):
     """The object that a model's SavedModel restores to.
 
     Args:
       handle: whatever `resolve` takes.
+      options: a tf.saved_model.LoadOptions.
 
     Returns:
       A callable object with `variables`, `trainable_variables`,
@@ -100,9 +406,11 @@ def load(handle: str | os.PathLike):
     Raises:
       HandleError: there is no SavedModel at the handle.
     """
+    import tensorflow as tf
+
     directory = resolve(handle)
     try:
-        return tf.saved_model.load(directory)
+        return tf.saved_model.load(directory, options=options)
     except (OSError, ValueError, tf.errors.OpError) as error:
         raise errors.HandleError(
             f"{os.fspath(handle)!r} does not hold a SavedModel that can be "
@@ -152,6 +460,8 @@ def picture_function(model, signature: str, output: str, handle: str):
     Raises:
       HandleError: the model does not return one vector a picture.
     """
+    import tensorflow as tf
+
     signatures = getattr(model, "signatures", {})
     if signature in signatures:
         served = signatures[signature]
@@ -197,3 +507,10 @@ def _takes_training(model) -> bool:
 
     spec = tf_inspect.getfullargspec(model.__call__)
     return "training" in [*spec.args, *spec.kwonlyargs]
+
+
+def __getattr__(name: str) -> Any:
+    # Keras loads only for who wants the layer.
+    if name == "KerasLayer":
+        return importlib.import_module("bit_tf.keras_layer").KerasLayer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,30 +5,52 @@ one JSON object on the last line of stdout, and exits 0 or 1. Exports run it in
 a fresh process, so that nothing of the process that wrote the files helps.
 """
 
-import argparse
-import json
 import os
 import pathlib
-import subprocess
 import sys
+import zipfile
+import zlib
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bit_tf import errors, images
+from hub_export import fresh_process
 
-__all__ = ["FILE", "check", "check_in_fresh_process", "make", "save"]
+__all__ = [
+    "FILE",
+    "Values",
+    "check",
+    "check_in_fresh_process",
+    "compare",
+    "main",
+    "make",
+    "read",
+    "save",
+]
 
 FILE = pathlib.PurePath("assets.extra", "golden.npz")
 # Relative errors by compute dtype. Between machines and thread counts sums are
 # taken in another order; 16-bit layers round each of them.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-# oneDNN's caches and a second executor thread take memory for speed, which a
-# check on two pictures does not need.
-_FRUGAL = {
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TF_ENABLE_ONEDNN_OPTS": "0",
-    "TF_NUM_INTEROP_THREADS": "1",
-}
+TOLERANCES = {"float32": 5e-4, "bfloat16": 0.1, "float16": 0.02}
+# What golden values may take, unpacked; bytes.
+_MAX_SIZE = 2**28
+
+
+class Values(NamedTuple):
+    """What `read` gives.
+
+    Attributes:
+      images: uint8 [n, h, w, 3].
+      features: float32 [n, d].
+      output: float32 [n, d or classes], of `__call__`.
+      tolerance: the relative error that is allowed.
+    """
+
+    images: np.ndarray
+    features: np.ndarray
+    output: np.ndarray
+    tolerance: float
 
 
 def make(model) -> dict[str, np.ndarray]:
@@ -68,6 +90,104 @@ def save(values: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
     np.savez(path, **values)  # type: ignore[arg-type]
 
 
+def read(directory: str | os.PathLike) -> Values | None:
+    """The golden values in a SavedModel, or None.
+
+    Raises:
+      VerificationError: they are damaged.
+    """
+    path = pathlib.Path(directory) / FILE
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as members:
+            size = sum(member.file_size for member in members.infolist())
+        if size > _MAX_SIZE:
+            raise ValueError(f"{size} bytes, over the limit of {_MAX_SIZE}")
+        with np.load(path, allow_pickle=False) as file:
+            values = Values(
+                file["images"],
+                file["features"],
+                file["output"],
+                float(file["tolerance"]),
+            )
+        pictures, *vectors = values[:3]
+        if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,):
+            raise ValueError(f"images {pictures.dtype} {pictures.shape}")
+        if any(a.dtype != np.float32 or a.ndim != 2 for a in vectors):
+            raise ValueError("features or output are no float32 [n, d]")
+        if not 0 < values.tolerance <= max(TOLERANCES.values()):
+            raise ValueError(f"tolerance {values.tolerance}")
+    except (
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise errors.VerificationError(
+            f"Golden values are an .npz archive of images, features, output "
+            f"and tolerance. Received in {FILE}: another file "
+            f"({type(error).__name__}: {error}). Get the SavedModel again."
+        ) from error
+    return values
+
+
+def compare(model: Any, values: Values) -> float:
+    """The largest relative error of a loaded SavedModel.
+
+    Raises:
+      VerificationError: it gives other values, or cannot be asked for them.
+    """
+    import tensorflow as tf
+
+    pictures = values.images
+    floats = tf.constant(images.as_float(pictures))
+    served = getattr(model, "signatures", {}).get("image_feature_vector")
+    if served is None:
+        raise errors.VerificationError(
+            "A SavedModel with golden values has the signature "
+            "image_feature_vector. Received: one without."
+        )
+    found = []
+    for name, wanted, ask in (
+        ("uint8 pictures", values.output, lambda: model(tf.constant(pictures))),
+        ("float32 pictures", values.output, lambda: model(floats)),
+        (
+            "image_feature_vector",
+            values.features,
+            lambda: served(images=floats)["features"],
+        ),
+    ):
+        try:
+            output = np.asarray(ask())
+        except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:
+            raise errors.VerificationError(
+                f"For {name} the SavedModel must give its golden values. "
+                f"Received: {type(error).__name__}: {error}"
+            ) from error
+        if output.shape != wanted.shape:
+            raise errors.VerificationError(
+                f"For {name} the output's shape must be {wanted.shape}. "
+                f"Received: {output.shape}."
+            )
+        found.append(_relative_error(output, wanted))
+        if not found[-1] <= values.tolerance:
+            raise errors.VerificationError(
+                f"For {name} the output must equal the golden values to a "
+                f"relative error of {values.tolerance}. Received: {found[-1]}. "
+                "The SavedModel is damaged, or was changed after its export."
+            )
+    return max(found)
+
+
 def check(directory: str | os.PathLike) -> dict:
     """Loads a SavedModel and compares it with its golden values.
 
@@ -75,46 +195,23 @@ def check(directory: str | os.PathLike) -> dict:
       directory: a SavedModel with golden values in assets.extra/.
 
     Returns:
-      {"relative_error": …, "trainable_variables": …, "signatures": […]}
+      {"relative_error": …, "variables": …, "trainable_variables": …,
+      "signatures": […]}
 
     Raises:
       VerificationError: there are no golden values, or others come out.
     """
     import tensorflow as tf
 
-    path = pathlib.Path(directory) / FILE
-    if not path.is_file():
+    values = read(directory)
+    if values is None:
         raise errors.VerificationError(
             f"A verified SavedModel holds golden values in {FILE}. "
             f"Received: {os.fspath(directory)!r}, which has none."
         )
-    with np.load(path, allow_pickle=False) as file:
-        pictures, expected = file["images"], file["output"]
-        features, tolerance = file["features"], float(file["tolerance"])
     model = tf.saved_model.load(os.fspath(directory))
-    floats = tf.constant(images.as_float(pictures))
-    served = model.signatures["image_feature_vector"]
-    found = {}
-    for name, output, wanted in (
-        ("uint8 pictures", model(tf.constant(pictures)), expected),
-        ("float32 pictures", model(floats), expected),
-        ("image_feature_vector", served(images=floats)["features"], features),
-    ):
-        output = np.asarray(output)
-        if output.shape != wanted.shape:
-            raise errors.VerificationError(
-                f"For {name} the output's shape must be {wanted.shape}. "
-                f"Received: {output.shape}."
-            )
-        found[name] = _relative_error(output, wanted)
-        if not found[name] <= tolerance:
-            raise errors.VerificationError(
-                f"For {name} the output must equal the golden values to a "
-                f"relative error of {tolerance}. Received: {found[name]}. The "
-                "SavedModel is damaged, or was changed after its export."
-            )
     return {
-        "relative_error": max(found.values()),
+        "relative_error": compare(model, values),
         "variables": len(model.variables),
         "trainable_variables": len(model.trainable_variables),
         "signatures": sorted(model.signatures),
@@ -133,33 +230,20 @@ def check_in_fresh_process(directory: str | os.PathLike) -> dict:
     Raises:
       VerificationError: the process failed; the message holds its own.
     """
-    process = subprocess.run(
-        [sys.executable, "-P", "-m", "hub_export.golden", os.fspath(directory)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **_FRUGAL, "PYTHONWARNINGS": ""},
-    )
-    lines = process.stdout.splitlines()
-    if process.returncode or not lines:
-        reason = (lines or process.stderr.strip().splitlines() or ["?"])[-1]
+    outcome = fresh_process.call("hub_export.golden", directory)
+    if outcome.fault is not None:
         raise errors.VerificationError(
             f"A fresh process could not confirm {os.fspath(directory)!r} "
-            f"(exit {process.returncode}): {reason}"
+            f"({outcome.fault})"
         )
-    return json.loads(lines[-1])
+    return outcome.answer
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=check.__doc__)
-    parser.add_argument("directory")
-    try:
-        report = check(parser.parse_args(argv).directory)
-    except errors.BitTfError as error:
-        print(error)
-        return 1
-    print(json.dumps(report))
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    """Runs `check`; see above."""
+    return fresh_process.serve(
+        lambda directory, answer: answer(check(directory)), check.__doc__, argv
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -119,6 +120,7 @@ def export(
         with _unit_by_unit(model):
             root, signatures = _serving_objects(model, probabilities, l2)
             tf.saved_model.save(root, directory, signatures=signatures)
+        _derive_id(directory)
         if classes:
             labels.write_saved_model(classes, directory)
         golden.save(golden.make(model), directory)
@@ -287,6 +289,23 @@ def _unit_by_unit(model: models.ResNetV2) -> Iterator[None]:
     finally:
         for unit in units:
             del unit.call
+
+
+def _derive_id(directory: str) -> None:
+    """Gives a SavedModel an id made from its hashes instead of a random one.
+
+    Nothing else in it differs between two exports of the same weights.
+    """
+    from tensorflow.core.protobuf import fingerprint_pb2
+
+    path = pathlib.Path(directory, "fingerprint.pb")
+    if not path.is_file():
+        return
+    found = fingerprint_pb2.FingerprintDef.FromString(path.read_bytes())
+    found.ClearField("uuid")
+    hashes = found.SerializeToString(deterministic=True).hex()
+    found.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, hashes).int)
+    path.write_bytes(found.SerializeToString(deterministic=True))
 
 
 def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):

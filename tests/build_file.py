@@ -170,7 +170,7 @@ def expected(name: str) -> tuple[str, dict]:
         values = {"srcs": [f"{name}.py"]}
         kind = "py_library"
         if _package_data(name):
-            values["data"] = Code(f'glob(["{_package_data(name)}/data/*"])')
+            values["data"] = Code(f'glob(["{_package_data(name)}/data/**"])')
         if _is_test(name):
             kind = "py_test"
             values["srcs"] = sorted([f"{name}.py", "run_pytest.py"])

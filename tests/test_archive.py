@@ -1,6 +1,9 @@
+import hashlib
 import io
 import os
+import shutil
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -133,3 +136,165 @@ def test_damaged_archives_leave_nothing(tmp_path, keep):
 def test_missing_archive(tmp_path):
     with pytest.raises(FileNotFoundError):
         archive.unpack(tmp_path / "none.tar.gz", tmp_path / "out")
+
+
+def make_model(path):
+    """A directory such as a SavedModel's."""
+    (path / "variables").mkdir(parents=True)
+    (path / "assets" / "empty").mkdir(parents=True)
+    (path / "assets.extra").mkdir()
+    (path / "saved_model.pb").write_bytes(b"graph" * 1000)
+    (path / "variables" / "variables.index").write_bytes(b"index")
+    data = path / "variables" / "variables.data-00000-of-00001"
+    data.write_bytes(os.urandom(3 * 2**20 + 7))
+    (path / "assets" / "größen.txt").write_bytes(b"10")
+    return path
+
+
+def content(path):
+    return {
+        found.relative_to(path).as_posix(): found.read_bytes()
+        if found.is_file()
+        else None
+        for found in path.rglob("*")
+    }
+
+
+def test_what_is_packed_unpacks(tmp_path):
+    model = make_model(tmp_path / "model")
+    path = tmp_path / "model.tar.gz"
+    size, digest = archive.pack(model, path)
+    packed = path.read_bytes()
+    assert (size, digest) == (len(packed), hashlib.sha256(packed).hexdigest())
+    archive.unpack(path, tmp_path / "out")
+    assert content(tmp_path / "out") == content(model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model",
+        "model.tar.gz",
+        "out",
+    ]
+
+
+def test_members_are_as_tensorflow_hub_needs_them(tmp_path):
+    model = make_model(tmp_path / "model")
+    archive.pack(model, tmp_path / "model.tar.gz")
+    with tarfile.open(tmp_path / "model.tar.gz") as packed:
+        members = packed.getmembers()
+    assert [member.name for member in members] == [
+        "assets",
+        "assets/empty",
+        "assets/größen.txt",
+        "assets.extra",
+        "saved_model.pb",
+        "variables",
+        "variables/variables.data-00000-of-00001",
+        "variables/variables.index",
+    ]
+    for member in members:
+        assert (member.uid, member.gid, member.mtime) == (0, 0, 0)
+        assert (member.uname, member.gname) == ("", "")
+        assert member.mode == (0o755 if member.isdir() else 0o644)
+        assert member.isdir() or member.type == tarfile.REGTYPE
+        # Extended headers only where a name is not ASCII.
+        assert bool(member.pax_headers) == (not member.name.isascii())
+    header = (tmp_path / "model.tar.gz").read_bytes()[:10]
+    # No name, no time.
+    assert header[3] == 0
+    assert header[4:8] == bytes(4)
+
+
+@pytest.mark.slow
+def test_tensorflow_hub_unpacks_it(tmp_path):
+    from tensorflow_hub import resolver
+
+    model = make_model(tmp_path / "model")
+    archive.pack(model, tmp_path / "model.tar.gz")
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "model.tar.gz", "rb") as file:
+        resolver.DownloadManager("x").download_and_uncompress(
+            file, str(tmp_path / "out")
+        )
+    assert content(tmp_path / "out") == content(model)
+
+
+def test_packing_is_reproducible(tmp_path):
+    model = make_model(tmp_path / "model")
+    first = archive.pack(model, tmp_path / "first")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    # Made in another order, by another user, at another time.
+    for name in sorted(content(model), reverse=True):
+        if (model / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(model / name, copy / name)
+            (copy / name).chmod(0o600)
+            os.utime(copy / name, (1, 2))
+    (copy / "assets" / "empty").mkdir(mode=0o700)
+    (copy / "assets.extra").mkdir(mode=0o700)
+    assert archive.pack(copy, tmp_path / "elsewhere.tar.gz") == first
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "fifo", "hidden"])
+def test_what_is_not_packed(tmp_path, kind):
+    model = make_model(tmp_path / "model")
+    path = model / "assets" / "strange"
+    if kind == "link":
+        path.symlink_to(model / "saved_model.pb")
+    elif kind == "folder link":
+        path.symlink_to(model / "variables")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path = model / "assets" / ".strange"
+        path.mkdir()
+    with pytest.raises(errors.ArchiveError, match="strange"):
+        archive.pack(model, tmp_path / "model.tar.gz")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_packed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(errors.ArchiveError, match="empty"):
+        archive.pack(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        archive.pack(tmp_path / "none", tmp_path / "out")
+    with open(os.path.join(os.fsencode(tmp_path), b"empty", b"\xff"), "w"):
+        pass
+    with pytest.raises(errors.ArchiveError, match="UTF-8"):
+        archive.pack(tmp_path / "empty", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("change", [-5, 5, None])
+def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch, change):
+    model = make_model(tmp_path / "model")
+    path = model / "variables" / "variables.index"
+    members = archive._members
+
+    def changed(directory, parent):
+        yield from members(directory, parent)
+        if parent.parts:
+            return
+        if change is None:
+            path.unlink()
+            path.symlink_to("/etc/passwd")
+        else:
+            path.write_bytes(bytes(5 + change))
+
+    monkeypatch.setattr(archive, "_members", changed)
+    with pytest.raises((errors.ArchiveError, OSError)) as caught:
+        archive.pack(model, tmp_path / "out")
+    assert str(path) in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_packing_takes_little_memory(tmp_path):
+    model = make_model(tmp_path / "model")
+    with open(model / "assets.extra" / "large", "wb") as file:
+        file.truncate(200 * 2**20)
+    tracemalloc.start()
+    try:
+        archive.pack(model, tmp_path / "model.tar.gz")
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()

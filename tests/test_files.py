@@ -1,5 +1,9 @@
+import errno
+import hashlib
 import os
 import stat
+import threading
+import time
 
 import pytest
 
@@ -105,3 +109,70 @@ def test_overwriting_what_is_no_directory(tmp_path, kind):
     assert not path.is_symlink()
     if kind == "link":
         assert (other / "file").read_text() == "stays"
+
+
+def test_the_names_in_a_directory_are_synced_too(tmp_path, monkeypatch):
+    synced = []
+    sync = os.fsync
+
+    def recorded(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", recorded)
+    with files.new_file(tmp_path / "file") as file:
+        file.write(b"one")
+    assert synced[-1] == str(tmp_path)
+    assert len(synced) == 2
+    synced.clear()
+    with files.new_directory(tmp_path / "folder") as staging:
+        for name in ("a", "b"):
+            with open(os.path.join(staging, name), "w"):
+                pass
+    assert [os.path.basename(path) for path in synced[:-2]] == ["a", "b"] or [
+        os.path.basename(path) for path in synced[:-2]
+    ] == ["b", "a"]
+    assert synced[-1] == str(tmp_path)
+
+
+def test_file_systems_that_cannot_sync_a_directory(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    files.sync(tmp_path)
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        files.sync(tmp_path)
+
+
+def test_a_lock_keeps_others_waiting(tmp_path, caplog):
+    inside = []
+
+    def work(name):
+        with files.locked(tmp_path / "lock", "works"):
+            inside.append(name)
+            assert len(inside) == 1
+            time.sleep(0.1)
+            inside.remove(name)
+            done.append(name)
+
+    done = []
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_measure(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    digest = hashlib.sha256(b"abc").hexdigest()
+    assert files.measure(tmp_path / "file") == (3, digest)
+    with pytest.raises(FileNotFoundError):
+        files.measure(tmp_path / "none")

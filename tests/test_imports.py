@@ -22,7 +22,8 @@ LAYERS = """
         bit_tf/archive bit_tf/presets bit_tf/resampling bit_tf/download
         bit_tf/cache_records bit_tf/cached_download
     bit_tf/checkpoints/*
-    bit_tf/hub_cache bit_tf/hub_fetch bit_tf/hub bit_tf/keras_layer
+    bit_tf/integrity bit_tf/hub_cache bit_tf/hub_install bit_tf/hub_fetch
+        bit_tf/hub bit_tf/keras_layer
     bit_tf/published
     bit_tf/images
     bit_tf/layers
@@ -31,16 +32,24 @@ LAYERS = """
     bit_tf/embed bit_tf/classify bit_tf/data
     bit_tf/finetune bit_tf/evaluate bit_tf/vtab bit_tf/bulk bit_tf/index
     bit_tf/commands/*
-    hub_export/golden hub_export/card hub_export/digits
-        hub_export/random_weights hub_export/sources
+    bit_tf/__main__
+    hub_export/fresh_process hub_export/golden hub_export/card
+        hub_export/digits hub_export/operations hub_export/random_weights
+        hub_export/sources
     hub_export/entry hub_export/tree
-    hub_export/graph hub_export/documentation hub_export/saved_model
-        hub_export/formats
-    hub_export/pages hub_export/verification
-    hub_export/demo hub_export/repository hub_export/cache
-    hub_export/publishing hub_export/site
-    hub_export/server hub_export/stores/*
+    hub_export/description hub_export/documentation_tags
+    hub_export/contradictions hub_export/documentation
+        hub_export/documentation_check
+    hub_export/graph hub_export/saved_model hub_export/formats
+    hub_export/pages
+    hub_export/repository
+    hub_export/verification
+    hub_export/demo hub_export/cache hub_export/publishing hub_export/site
+    hub_export/access_log hub_export/http_conditions hub_export/nginx
+        hub_export/served_files hub_export/server hub_export/serving
+        hub_export/stores/*
     hub_export/commands/*
+    hub_export/__main__
     benchmarks/*
     tests/*
 """
@@ -54,7 +63,7 @@ CONTRACT = {
     "bit_tf": "BitMedium2Vec create_model decode_predictions endpoints "
     "list_models load_model",
     "bit_tf.checkpoints": "read write",
-    "bit_tf.hub": "load resolve",
+    "bit_tf.hub": "KerasLayer load resolve",
     "hub_export": "export",
 }
 

@@ -467,7 +467,7 @@ def read_all(*paths):
 
 
 def rows_of(path):
-    return list(tensor_bundle._rows((path / INDEX).read_bytes()))
+    return list(tensor_bundle.rows((path / INDEX).read_bytes()))
 
 
 def test_parts_and_dtypes_that_end_tensorflows_process(

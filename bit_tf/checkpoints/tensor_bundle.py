@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "pieces",
     "require_data",
+    "rows",
     "text",
     "variables",
 ]
@@ -250,7 +251,7 @@ def _variables(prefix: Path, data: bytes) -> dict[str, Variable]:
     sliced: dict[bytes, Any] = {}
     header = None
     left = _MAX_INDEX
-    for key, value in _rows(data):
+    for key, value in rows(data):
         shown = _shown(key)
         # Keys share their beginnings, so that short rows may make long keys.
         left -= len(key)
@@ -498,8 +499,17 @@ def _signed(number: int) -> bytes:
     return (number & mask ^ ones).to_bytes(length, "big")
 
 
-def _rows(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) of all the table's blocks, in the table's order."""
+def rows(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(key, value) of all of an index's blocks, in its order.
+
+    The key b"" has a BundleHeaderProto, each other one a BundleEntryProto.
+
+    Args:
+      data: the bytes of the index file.
+
+    Raises:
+      CheckpointFormatError: they are damaged or cut short.
+    """
     footer = data[-_FOOTER:]
     if len(footer) < _FOOTER or not footer.endswith(_MAGIC):
         raise errors.CheckpointFormatError(

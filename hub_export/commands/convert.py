@@ -1,11 +1,10 @@
 """`hub-export convert`: checkpoint → SavedModel, or another format."""
 
 import json
-import pathlib
 import sys
 
-from bit_tf import errors, variants
 from bit_tf.commands import program
+from hub_export.commands import options
 
 __all__ = ["register"]
 
@@ -45,33 +44,7 @@ def register(subparsers) -> None:
         default="keep",
         help="none publishes features (default: %(default)s)",
     )
-    parser.add_argument(
-        "--labels",
-        default="auto",
-        help="auto: ImageNet's names for 1000 or 21843 classes; none; "
-        "ilsvrc2012; imagenet21k; or a file with a name, or id<TAB>name, a "
-        "line (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--probabilities",
-        choices=["softmax", "sigmoid"],
-        help="of a SavedModel (default: sigmoid for 21843 classes, else "
-        "softmax)",
-    )
-    parser.add_argument(
-        "--l2",
-        type=float,
-        default=0.0,
-        help="factor of the kernels' squares in a SavedModel's "
-        "regularization_losses (default: none)",
-    )
-    parser.add_argument(
-        "--numerics",
-        choices=["source", *variants.NUMERICS],
-        default="source",
-        help="constants of a source instead of the checkpoint's own "
-        "(default: %(default)s)",
-    )
+    options.add(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it exists"
     )
@@ -91,29 +64,17 @@ def run(args) -> int:
         program.quiet_tensorflow()
     else:
         program.expect_tensorflow(args.source)
-    from bit_tf import labels, published
+    from bit_tf import published
     from bit_tf.checkpoints import layout
     from hub_export import formats
 
-    class_labels = args.labels
-    if class_labels == "none":
-        class_labels = None
-    elif class_labels != "auto" and class_labels not in labels.LABEL_SETS:
-        try:
-            text = pathlib.Path(class_labels).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise errors.ExportError(
-                f"--labels names a file of UTF-8 text. Received: "
-                f"{class_labels!r}: {error}"
-            ) from error
-        class_labels = labels.parse(text)
-    print(f"Converting {published.shown(args.source)} …", file=sys.stderr)
-    options = {
+    asked = {
         "head": args.head == "keep",
-        "numerics": None if args.numerics == "source" else args.numerics,
-        "class_labels": class_labels,
+        "numerics": options.numerics(args.numerics),
+        "class_labels": options.class_labels(args.labels),
         "overwrite": args.overwrite,
     }
+    print(f"Converting {published.shown(args.source)} …", file=sys.stderr)
     if args.to == formats.SAVED_MODEL:
         from hub_export import saved_model
 
@@ -122,10 +83,10 @@ def run(args) -> int:
             args.path,
             probabilities=args.probabilities,
             l2=args.l2,
-            **options,
+            **asked,
         )
     else:
-        report = formats.convert(args.source, args.path, args.to, **options)
+        report = formats.convert(args.source, args.path, args.to, **asked)
     for note in report["notes"]:
         print(f"Note: {note}", file=sys.stderr)
     if report["extra_arrays"]:
