@@ -21,6 +21,18 @@ _CHUNK = 2**20
 # 87.3 MB, 6 takes 3.0 s and gives 87.0, 9 takes 3.6 s and gives 87.0 (zlib
 # 1.2.13, one core).
 _LEVEL = 6
+# Limits of a member's name, far below those of file systems for the path of
+# the directory that it is unpacked in and the name together.
+_MAX_NAME = 1000
+_MAX_PART = 255
+_MAX_DEPTH = 32
+_NAMES = (
+    f"names of up to {_MAX_NAME} bytes and {_MAX_DEPTH} parts, each of up to "
+    f"{_MAX_PART} bytes"
+)
+# Bytes of all extended headers of an archive, and how many a member may have.
+_MAX_EXTENDED = 2**20
+_MAX_CHAIN = 8
 
 
 def is_archive(path: str | os.PathLike) -> bool:
@@ -113,6 +125,12 @@ def _members(
                 f"dot. Received: {str(relative)!r} in "
                 f"{os.fspath(directory)!r}. Rename or remove it."
             )
+        if not _is_short(str(relative)):
+            raise errors.ArchiveError(
+                f"A model's archive holds {_NAMES}. Received: "
+                f"{errors.brief(str(relative))} in {os.fspath(directory)!r}. "
+                "Rename or move it."
+            )
         member = tarfile.TarInfo(str(relative))
         member.type = tarfile.DIRTYPE if folder else tarfile.REGTYPE
         member.mode = 0o755 if folder else 0o644
@@ -128,6 +146,16 @@ def _is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_short(name: str) -> bool:
+    """Whether a member's name is within the limits."""
+    parts = name.split("/")
+    return (
+        len(os.fsencode(name)) <= _MAX_NAME
+        and len(parts) <= _MAX_DEPTH
+        and all(len(os.fsencode(part)) <= _MAX_PART for part in parts)
+    )
 
 
 class _Hashing:
@@ -191,7 +219,9 @@ def unpack(
     """Unpacks an archive into a new directory, all of it or nothing.
 
     Only regular files and directories are accepted, under relative names
-    without "..". File modes, owners and times are not taken over.
+    without "..", of up to 1000 bytes and 32 parts. Files with holes in the
+    format of GNU tar are refused, and extended headers of over 1 MiB in all.
+    File modes, owners and times are not taken over.
 
     Args:
       path: a .tar, .tar.gz or .tgz file.
@@ -206,9 +236,11 @@ def unpack(
     """
     with files.new_directory(directory, overwrite) as staging:
         try:
-            with tarfile.open(path, "r:*", tarinfo=_Member) as archive:
+            with _Archive.open(path, "r:*") as archive:
                 _extract(archive, pathlib.Path(staging), max_bytes, max_members)
                 _drain(archive)
+        except errors.ArchiveError:
+            raise
         except (
             tarfile.TarError,
             EOFError,
@@ -217,7 +249,7 @@ def unpack(
             FileExistsError,
             NotADirectoryError,
             RecursionError,
-            UnicodeError,
+            ValueError,
         ) as error:
             raise errors.ArchiveError(
                 f"{os.fspath(path)!r} is not a whole tar archive: {error}. "
@@ -226,23 +258,110 @@ def unpack(
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose extended header, which is read whole, is small."""
+    """A member of which only name, type, size and data are read.
 
-    _EXTENDED = (
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-    )
+    What tarfile reads into memory whole, and what it parses in quadratic time
+    or worse, is limited or refused.
+    """
 
     def _proc_member(self, archive):
-        if self.type in self._EXTENDED and self.size > _CHUNK:
-            raise errors.ArchiveError(
-                f"An extended header may have {_CHUNK} bytes. Received: "
-                f"{self.size}, before {self.name!r}."
-            )
+        if self.size < 0:
+            raise tarfile.ReadError(f"{self.name!r} has {self.size} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise _sparse(self.name)
+        if self.type in _PAX or self.type in _LONG:
+            archive.count_extended(self)
+        if self.type in _PAX:
+            return self._read_pax(archive)
         return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _read_pax(self, archive: "_Archive") -> tarfile.TarInfo:
+        """The member after an extended header, with its name and size."""
+        data = archive.fileobj.read(self._block(self.size))  # type: ignore
+        records = dict(_records(data[: self.size]))
+        if any(keyword.startswith("GNU.sparse.") for keyword in records):
+            raise _sparse(self.name)
+        try:
+            member = self.fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+        # A name or size of all members would be none.
+        if self.type == tarfile.XGLTYPE:
+            return member
+        if "path" in records:
+            member.name = records["path"].rstrip("/")
+        if "size" in records:
+            member.size = int(records["size"])
+            if member.size < 0:
+                raise tarfile.ReadError(f"a size of {member.size} bytes")
+            blocks = member._block(member.size)  # type: ignore[attr-defined]
+            archive.offset = member.offset_data + blocks * member.isreg()
+        return member
+
+
+class _Archive(tarfile.TarFile):
+    """An archive whose members are forgotten when the next one is read."""
+
+    tarinfo = _Member
+
+    def __init__(self, *args, **options):
+        self._extended = self._chain = 0
+        super().__init__(*args, **options)
+
+    def count_extended(self, header: tarfile.TarInfo) -> None:
+        """Counts an extended header, which is about to be read.
+
+        Raises:
+          ArchiveError: there are too many, or too large ones.
+        """
+        self._extended += header.size
+        self._chain += 1
+        if self._extended > _MAX_EXTENDED or self._chain > _MAX_CHAIN:
+            raise errors.ArchiveError(
+                f"The extended headers of an archive may have {_MAX_EXTENDED} "
+                f"bytes, and a member {_MAX_CHAIN} of them. Received more, at "
+                f"{header.name!r} of {header.size} bytes."
+            )
+
+    def each(self) -> Iterator[tarfile.TarInfo]:
+        """The members, in the archive's order."""
+        while (member := self.next()) is not None:
+            self._chain = 0
+            self.members.clear()  # type: ignore[attr-defined]
+            yield member
+
+
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+def _records(data: bytes) -> Iterator[tuple[str, str]]:
+    """(keyword, value) of a PAX header's records, "LENGTH KEYWORD=VALUE\\n".
+
+    Raises:
+      ReadError: it is damaged.
+    """
+    start = 0
+    while start < len(data) and data[start]:
+        length, _, _ = data[start : start + 20].partition(b" ")
+        end = start + int(length) if length.isdigit() else 0
+        keyword, equals, value = data[start + len(length) + 1 : end].partition(
+            b"="
+        )
+        if not equals or not value.endswith(b"\n") or end > len(data):
+            raise tarfile.ReadError("an extended header is damaged")
+        yield (
+            keyword.decode("utf-8", "surrogateescape"),
+            value[:-1].decode("utf-8", "surrogateescape"),
+        )
+        start = end
+
+
+def _sparse(name: str) -> errors.ArchiveError:
+    return errors.ArchiveError(
+        "Files in an archive are stored whole. Received: "
+        f"{errors.brief(name)}, with holes. Pack it without --sparse."
+    )
 
 
 def _drain(archive: tarfile.TarFile) -> None:
@@ -258,23 +377,23 @@ def _drain(archive: tarfile.TarFile) -> None:
 
 
 def _extract(
-    archive: tarfile.TarFile,
+    archive: _Archive,
     directory: pathlib.Path,
     max_bytes: int,
     max_members: int,
 ) -> None:
     total = count = 0
-    for count, member in enumerate(archive, start=1):
+    for count, member in enumerate(archive.each(), start=1):
         parts = pathlib.PurePosixPath(member.name).parts
         if (
             member.name.startswith("/")
             or ".." in parts
-            or any(len(os.fsencode(part)) > 255 for part in parts)
+            or "\0" in member.name
+            or not _is_short(member.name)
         ):
             raise errors.ArchiveError(
-                "Members must lie inside the archive's directory, under names "
-                "of up to 255 bytes. "
-                f"Received: {member.name!r}."
+                f"Members must lie inside the archive's directory, under "
+                f"{_NAMES}. Received: {errors.brief(member.name)}."
             )
         if not (member.isreg() or member.isdir()):
             raise errors.ArchiveError(

@@ -41,6 +41,7 @@ def cached(
     backoff: float = 1.0,
     timeout: float = 30.0,
     setting: str = "BIT_TF_CACHE",
+    temporary: bool = False,
 ) -> pathlib.Path:
     """The local path of a file, downloaded if the cache does not have it.
 
@@ -64,6 +65,8 @@ def cached(
         server's Retry-After goes first, up to two minutes.
       timeout: seconds in which a connection must be made, and any byte come.
       setting: the environment variable with the directory, for messages.
+      temporary: whether the caller removes the directory afterwards, so that
+        messages do not speak of files in it.
 
     Raises:
       DownloadError: the file could not be fetched whole; it or its record was
@@ -80,7 +83,7 @@ def cached(
         place.file.parent.mkdir(parents=True, exist_ok=True)
         with files.locked(place.lock, f"downloads {place.file}"):
             if not place.file.exists():
-                part = _Part(place, address, size, setting)
+                part = _Part(place, address, size, setting, temporary)
                 _Download(url, part, timeout).run(attempts, backoff)
                 _finish(place, part)
                 return place.file
@@ -147,6 +150,7 @@ class _Part:
       shown: the URL, without what must not be shown.
       size: bytes of the whole file if the caller knows them.
       setting: the environment variable with the cache's directory.
+      temporary: whether nothing is kept there.
       length: bytes that have arrived.
       total: bytes of the whole file if the server said so.
       validator: the server's strong ETag or Last-Modified of the file, which
@@ -160,11 +164,13 @@ class _Part:
         address: str,
         size: int | None,
         setting: str,
+        temporary: bool,
     ):
         self.place = place
         self.shown = address
         self.size = size
         self.setting = setting
+        self.temporary = temporary
         self.length = 0
         self.total: int | None = None
         self.validator: str | None = None
@@ -255,7 +261,7 @@ class _Part:
             needed = f"{self.expected - self.length} more bytes"
         kept = (
             f" {self.place.part} is kept and resumed; it may be deleted."
-            if self.length
+            if self.length and not self.temporary
             else ""
         )
         return errors.DownloadError(
@@ -267,8 +273,16 @@ class _Part:
     def refused(self, why: str) -> errors.DownloadError:
         return errors.DownloadError(
             f"{self.place.file.name} could not be fetched from {self.shown}: "
-            f"{why}. Check the address and your access to it, or download the "
-            f"file by other means and put it at {self.place.file}."
+            f"{why}. Check the address and your access to it, or "
+            f"{self.by_hand}."
+        )
+
+    @property
+    def by_hand(self) -> str:
+        """What to do about a file that cannot be fetched."""
+        place = f"put it at {self.place.file}"
+        return "download the file by other means and " + (
+            "give its path" if self.temporary else place
         )
 
 
@@ -331,13 +345,13 @@ class _Download:
     def _given_up(self, failures: int, problem: _AttemptError):
         part = self._part
         of_all = "" if part.expected is None else f" of {part.expected}"
-        resumed = " The next download goes on there." if part.resumable else ""
+        goes_on = part.resumable and not part.temporary
+        resumed = " The next download goes on there." if goes_on else ""
         return errors.DownloadError(
             f"{part.place.file.name} could not be fetched whole from "
             f"{part.shown}: {failures} attempts in a row failed, the last "
             f"because {problem}. Received: {part.length}{of_all} bytes."
-            f"{resumed} Check the network and try again, or download the file "
-            f"by other means and put it at {part.place.file}."
+            f"{resumed} Check the network and try again, or {part.by_hand}."
         )
 
     def _attempt(self, session, bar) -> None:

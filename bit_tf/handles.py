@@ -37,9 +37,14 @@ __all__ = [
 ]
 
 TFHUB = "https://tfhub.dev/"
+_OTHER_TFHUB = ("http://tfhub.dev/", "https://www.tfhub.dev/")
 _CHINA = "https://hub.tensorflow.google.cn/"
 _TFHUB_BUCKET = "https://storage.googleapis.com/tfhub-modules/"
-_KAGGLE = "https://www.kaggle.com/models/"
+_KAGGLE_BASES = tuple(
+    f"{scheme}://{host}/models/"
+    for scheme in ("https", "http")
+    for host in ("www.kaggle.com", "kaggle.com")
+)
 # Every client of tensorflow_hub appends this query.
 FORMAT_QUERY = "tf-hub-format"
 
@@ -291,7 +296,7 @@ def spellings(address: str) -> tuple[str, ...]:
 
     Returns:
       The address itself first; for one of tfhub.dev and Kaggle those on both,
-      for any other host the same address with and without a final slash and
+      for any other host the same address; with and without a final slash and
       tensorflow_hub's query.
     """
     found = [address]
@@ -302,10 +307,8 @@ def spellings(address: str) -> tuple[str, ...]:
         return (address,)
     if handle is not None:
         path = handle.path
-        found += [f"{TFHUB}{path}", f"{TFHUB}{path}/"]
-        found += [with_query(f"{TFHUB}{path}")]
-        found += [f"http://tfhub.dev/{path}", f"https://www.tfhub.dev/{path}"]
-        found += [f"{_CHINA}{path}"]
+        for base in (TFHUB, *_OTHER_TFHUB, _CHINA):
+            found += _forms(f"{base}{path}")
         found += [f"{_TFHUB_BUCKET}{path}{ARCHIVE_SUFFIX}"]
         if kaggle_twin(handle) is not None:
             found += _kaggle_spellings(*_twin(handle), handle.version)
@@ -322,10 +325,16 @@ def spellings(address: str) -> tuple[str, ...]:
                 fragment="",
             )
         )
-        found += [plain, with_query(plain)]
-        if not query and not plain.endswith(ARCHIVE_SUFFIX):
-            found += [f"{plain}/"]
+        if query or plain.endswith(ARCHIVE_SUFFIX):
+            found += [plain, with_query(plain)]
+        else:
+            found += _forms(plain)
     return tuple(dict.fromkeys(found))
+
+
+def _forms(address: str) -> list[str]:
+    """An address without a query, and the others of the same model."""
+    return [address, f"{address}/", with_query(address)]
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -391,11 +400,13 @@ def _kaggle_spellings(
     if version is None:
         return []
     found = []
-    for base in (_KAGGLE, _KAGGLE.replace("www.", "")):
+    for base in _KAGGLE_BASES:
         for framework in ("TensorFlow2", "tensorFlow2", "tensorflow2"):
-            found += [
-                f"{base}{owner}/{model}/{framework}/{variation}/{version}",
+            found += _forms(
+                f"{base}{owner}/{model}/{framework}/{variation}/{version}"
+            )
+            found += _forms(
                 f"{base}{owner}/{model}/frameworks/{framework}/variations/"
-                f"{variation}/versions/{version}",
-            ]
+                f"{variation}/versions/{version}"
+            )
     return found

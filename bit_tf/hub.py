@@ -1,5 +1,6 @@
 """Models by handle: find, load, and make fast for inference."""
 
+import contextlib
 import importlib
 import os
 import pathlib
@@ -23,6 +24,7 @@ from bit_tf import (
 __all__ = [
     "KerasLayer",  # noqa: F822
     "as_address",
+    "described_files",
     "fetch",
     "freeze",
     "load",
@@ -35,6 +37,9 @@ __all__ = [
 FREEZE_LIMIT = 2**31 - 2**24
 # How often another program's lock is looked at; seconds.
 _POLL = 1.0
+# The longest wait for a download in which nothing arrives, by this process's
+# own clock: its lock, by the file system's, has long ended; seconds.
+_STUCK = hub_cache.IDLE + 120.0
 # The longest wait for a repository's newest version where the cache has one;
 # seconds.
 _PATIENCE = 5.0
@@ -49,7 +54,8 @@ def resolve(
 ) -> str:
     """The local directory of a model, downloaded or unpacked if necessary.
 
-    In this order it is taken from this disk; from the cache of tensorflow_hub,
+    In this order it is taken from this disk, where the folder of a version in
+    a repository means the model in it; from the cache of tensorflow_hub,
     under any spelling of its handle, if it is whole there; and from what
     `fetch` tries. An address without a version means the newest one that its
     repository, a mirror or, where they cannot be reached, the cache has.
@@ -70,9 +76,9 @@ def resolve(
     """
     text = os.fsdecode(handle)
     if text.startswith("file://"):
-        text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+        text = _local_path(text)
     if os.path.isdir(text):
-        return text
+        return _model_folder(text)
     if os.path.isfile(text):
         if not archive.is_archive(text):
             raise errors.HandleError(
@@ -82,7 +88,8 @@ def resolve(
         return _unpacked(text, hub_cache.directory(cache))
     address = as_address(text)
     offline = _is_offline(offline)
-    if _is_left_to_tensorflow_hub(address):
+    if not _is_web(address):
+        # Such as gs://, which is read in place.
         return _by_tensorflow_hub(address, offline)
     root = hub_cache.directory(cache)
     if not hub_fetch.is_versioned(address):
@@ -105,7 +112,9 @@ def fetch(
     Tried are, in this order, the mirrors in $BIT_TF_HUB_MIRRORS, which are
     addresses or directories of repositories, for handles of tfhub.dev and
     Kaggle; the handle itself; and its twin on Kaggle or tfhub.dev. Size and
-    SHA-256 are compared with the repository's entry, where there is one.
+    SHA-256 are compared with the repository's entry, where there is one. The
+    handle itself is left to tensorflow_hub if TFHUB_MODEL_LOAD_FORMAT is
+    UNCOMPRESSED: then it is read from where it lies.
 
     Args:
       handle: an http or https address of a model.
@@ -120,6 +129,11 @@ def fetch(
       HandleError: it could not be fetched; the message lists all that was
         tried.
     """
+    handle = as_address(handle)
+    in_place = (
+        os.environ.get("TFHUB_MODEL_LOAD_FORMAT") == "UNCOMPRESSED"
+        and not replace
+    )
     root = hub_cache.directory(cache)
     offline = _is_offline(offline)
     tried = [f"the cache {root}: {_in_cache(handle, root)}"]
@@ -132,6 +146,8 @@ def fetch(
         try:
             if isinstance(source, pathlib.Path):
                 return _from_repository(handle, source, root, replace)
+            if in_place and source == handle:
+                return _by_tensorflow_hub(handle, offline)
             path = hub_fetch.fetch(
                 handle, root=root, address=source, replace=replace
             )
@@ -159,6 +175,7 @@ def as_address(text: str) -> str:
       HandleError: it is none.
     """
     if "://" in text:
+        _require_address(text, "A model's address")
         return text
     try:
         handle = handles.Handle.parse(text)
@@ -171,6 +188,57 @@ def as_address(text: str) -> str:
     )
 
 
+def described_files(handle: str) -> dict[str, handles.File]:
+    """What a model is made of, as mirrors that are directories tell.
+
+    Args:
+      handle: an http or https address of one version of a model.
+
+    Returns:
+      Path → file; {} if none of them has its entry.
+    """
+    for _, source in _sources(handle):
+        if isinstance(source, pathlib.Path):
+            with contextlib.suppress(errors.BitTfError, OSError):
+                published = _released(source)
+                return {file.path: file for file in published.files}
+    return {}
+
+
+def _require_address(text: str, what: str) -> None:
+    """
+    Raises:
+      HandleError: it is malformed; nothing secret in it is shown.
+    """
+    try:
+        text.encode()
+        # Its port is read by nobody else before a request is made.
+        _ = urllib.parse.urlsplit(text).port
+    except ValueError:
+        plain = re.sub("//[^/]*@", "//", re.split("[?#]", text)[0])
+        raise errors.HandleError(
+            f"{what} is a URL of the form https://host[:port]/path, in UTF-8. "
+            f"Received: {errors.brief(plain)}. Correct it."
+        ) from None
+
+
+def _local_path(url: str) -> str:
+    """The path that a file:// address means."""
+    _require_address(url, "A file's address")
+    return urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
+
+
+def _model_folder(directory: str) -> str:
+    """The model in the folder of a version; any other directory itself."""
+    model = os.path.join(directory, handles.MODEL_FOLDER)
+    described = os.path.join(directory, handles.ENTRY_FILE)
+    return (
+        model
+        if os.path.isfile(described) and os.path.isdir(model)
+        else directory
+    )
+
+
 def _is_offline(offline: bool | None) -> bool:
     if offline is not None:
         return offline
@@ -178,13 +246,8 @@ def _is_offline(offline: bool | None) -> bool:
     return value not in ("", "0", "false", "no", "off")
 
 
-def _is_left_to_tensorflow_hub(address: str) -> bool:
-    """Whether it is gs:// and the like, or read in place from such."""
-    load_format = os.environ.get("TFHUB_MODEL_LOAD_FORMAT")
-    return (
-        not re.match("https?://", address, re.IGNORECASE)
-        or load_format == "UNCOMPRESSED"
-    )
+def _is_web(address: str) -> bool:
+    return bool(re.match("https?://", address, re.IGNORECASE))
 
 
 def _by_tensorflow_hub(address: str, offline: bool) -> str:
@@ -213,7 +276,8 @@ def _newest(address: str, offline: bool, root: pathlib.Path) -> str | None:
     known = handles.known(address)
     base = address if known is None else f"{handles.TFHUB}{known}"
     cached = _newest_in_cache(base, root)
-    timeout = {} if cached is None else {"timeout": _PATIENCE}
+    has_one = cached is not None or hub_cache.find(address, root) is not None
+    timeout = {"timeout": _PATIENCE} if has_one else {}
     for _, source in _sources(address):
         try:
             if isinstance(source, pathlib.Path):
@@ -259,10 +323,15 @@ def _awaited(address: str, root: pathlib.Path) -> hub_cache.Entry | None:
 
     spellings = [hub_cache.key(text) for text in handles.spellings(address)]
     waited = False
+    progress: list[tuple[str, float]] = []
+    since = 0.0
     while True:
         running = [hub_cache.Entry(root, name).download for name in spellings]
         living = [lock for lock in running if lock and lock.living]
-        if not living:
+        arrived = [(lock.task, lock.changed) for lock in living]
+        if arrived != progress:
+            progress, since = arrived, time.monotonic()
+        if not living or time.monotonic() - since > _STUCK:
             return hub_cache.find(address, root) if waited else None
         if not waited:
             logging.warning(
@@ -291,17 +360,16 @@ def _in_cache(address: str, root: pathlib.Path) -> str:
 def _sources(address: str) -> Iterator[tuple[str, str | pathlib.Path]]:
     """(name, web address or version's folder) of all that may have a model."""
     known = handles.known(address)
-    text = os.environ.get("BIT_TF_HUB_MIRRORS", "")
-    for mirror in filter(None, re.split(r"[\s,]+", text)) if known else ():
-        if re.match("https?://", mirror, re.IGNORECASE):
+    for mirror in _mirrors() if known else ():
+        if _is_web(mirror):
+            _require_address(mirror, "Each of BIT_TF_HUB_MIRRORS")
             parts = urllib.parse.urlsplit(mirror)
             path = f"{parts.path.rstrip('/')}/{known}"
             found = urllib.parse.urlunsplit(parts._replace(path=path))
             yield f"the mirror {hub_cache.shown(found)}", found
             continue
         if mirror.startswith("file://"):
-            path = urllib.parse.urlsplit(mirror).path
-            mirror = urllib.request.url2pathname(path)
+            mirror = _local_path(mirror)
         folder = pathlib.Path(os.path.expanduser(mirror), str(known))
         yield f"the mirror {folder}", folder
     yield f"the handle {hub_cache.shown(address)}", address
@@ -312,6 +380,15 @@ def _sources(address: str) -> Iterator[tuple[str, str | pathlib.Path]]:
             twin = f"{handles.TFHUB}{known}"
         if twin is not None:
             yield f"its twin {twin}", twin
+
+
+def _mirrors() -> list[str]:
+    """Addresses and directories in $BIT_TF_HUB_MIRRORS."""
+    text = os.environ.get("BIT_TF_HUB_MIRRORS", "").strip()
+    # The path of one directory may have spaces.
+    if os.path.isdir(os.path.expanduser(text)):
+        return [text]
+    return [mirror for mirror in re.split(r"[\s,]+", text) if mirror]
 
 
 def _released(folder: pathlib.Path) -> handles.Release:
@@ -335,6 +412,8 @@ def _from_repository(
 ) -> str:
     """A model in a repository on this disk: in place, or its archive.
 
+    All bytes are compared with the entry in either case.
+
     Raises:
       HandleError: the repository does not have it whole.
       ArchiveError: its archive is damaged or hostile.
@@ -349,7 +428,7 @@ def _from_repository(
         )
     expected = {file.path: file for file in published.files}
     model = folder / handles.MODEL_FOLDER
-    problems = integrity.examine(model, expected=expected)
+    problems = integrity.compared(model, expected)
     packed = pathlib.Path(f"{folder}{handles.ARCHIVE_SUFFIX}")
     if not problems and not replace:
         return str(model)

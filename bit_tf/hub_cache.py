@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -45,6 +46,7 @@ from bit_tf import (
 )
 
 __all__ = [
+    "IDLE",
     "Download",
     "Entry",
     "damage",
@@ -71,7 +73,8 @@ __all__ = [
 # tensorflow_hub takes a lock away from a download that has been idle so long;
 # seconds.
 IDLE = 600
-# The longest that a file which replaces another lies beside it; seconds.
+# The longest that a file which replaces another lies beside it, and the most
+# by which clocks differ; seconds.
 _MOMENT = 60
 _MAX_DESCRIPTOR = 2**16
 _DESCRIPTOR = ".descriptor.txt"
@@ -91,12 +94,16 @@ class Download:
     Attributes:
       holder: who holds the lock, such as "host (PID 12)".
       task: the UUID in the names of what has arrived.
-      idle: seconds since anything arrived.
+      changed: when anything last arrived, by the clock of the file system;
+        seconds since the epoch.
+      idle: seconds since then; infinite where all times are in the future,
+        by more than clocks differ.
       living: whether it may still go on.
     """
 
     holder: str
     task: str
+    changed: float
     idle: float
     living: bool
 
@@ -195,7 +202,7 @@ class Entry:
     def download(self) -> Download | None:
         """The download by tensorflow_hub that has its lock there."""
         try:
-            changed = os.lstat(self.lock).st_mtime
+            times = [os.lstat(self.lock).st_mtime]
             with open(self.lock, "rb") as file:
                 text = file.read(_MAX_DESCRIPTOR).decode("utf-8", "replace")
         except FileNotFoundError:
@@ -205,12 +212,16 @@ class Entry:
         host, pid, task = (["", "", *text.rsplit(".", 2)])[-3:]
         if re.fullmatch("[0-9a-f]+", task):
             for folder, _, _ in os.walk(self.root / f"{self.key}.{task}.tmp"):
-                changed = max(changed, _changed(folder))
-        idle = max(0.0, time.time() - changed)
+                times += _times(folder)
+        now = time.time()
+        past = [when for when in times if when <= now + _MOMENT]
+        idle = max(0.0, now - max(past)) if past else math.inf
         living = idle <= IDLE and not (
             host == socket.gethostname() and _is_dead(pid)
         )
-        return Download(f"{host!r} (PID {pid[:20]!r})", task, idle, living)
+        return Download(
+            f"{host!r} (PID {pid[:20]!r})", task, max(times), idle, living
+        )
 
 
 def directory(chosen: str | os.PathLike[str] | None = None) -> pathlib.Path:
@@ -318,15 +329,26 @@ def examine(found: Entry, *, thorough: bool = False) -> list[integrity.Problem]:
     return problems + litter(found)
 
 
-def damage(found: Entry, *, thorough: bool = False) -> list[integrity.Problem]:
-    """What is wrong with an entry's model."""
-    expected = found.files
+def damage(
+    found: Entry,
+    *,
+    thorough: bool = False,
+    expected: Mapping[str, handles.File] | None = None,
+) -> list[integrity.Problem]:
+    """What is wrong with an entry's model.
+
+    Args:
+      found: one of `entries`.
+      thorough: whether all bytes are read.
+      expected: path → file, for a model without a record.
+    """
+    recorded = found.files
     return integrity.examine(
         found.path,
-        expected=expected,
+        expected=recorded or expected,
         thorough=thorough,
         # An archive of this disk may hold anything.
-        structure=not (expected and found.key.startswith("sha256-")),
+        structure=not (recorded and found.key.startswith("sha256-")),
     )
 
 
@@ -441,7 +463,7 @@ def leftovers(found: Entry) -> list[str]:
             if temporary["task"] != task:
                 left.append(name)
         elif _MOMENTARY.fullmatch(rest):
-            if time.time() - _changed(path) > _MOMENT:
+            if time.time() - max(_times(path), default=0.0) > _MOMENT:
                 left.append(name)
         elif rest in (_DESCRIPTOR, _RECORD) and not (found.exists or task):
             left.append(name)
@@ -465,11 +487,13 @@ def litter(found: Entry) -> list[integrity.Problem]:
     problems = []
     running = found.download
     if running and not running.living:
+        since = f"idle for {running.idle:.0f} s"
+        if math.isinf(running.idle):
+            since = "with a time in the future"
         problems.append(
             integrity.Problem(
                 "stale lock",
-                f"{found.lock.name} of {running.holder}, idle for "
-                f"{running.idle:.0f} s",
+                f"{found.lock.name} of {running.holder}, {since}",
             )
         )
     busy = held(_writer_lock(found.root))
@@ -529,13 +553,13 @@ def _is_dead(pid: str) -> bool:
     return False
 
 
-def _changed(path: str | os.PathLike[str]) -> float:
-    """When a file, or one of a folder's files, last changed; seconds."""
+def _times(path: str | os.PathLike[str]) -> list[float]:
+    """When a file, or a folder and each of its files, last changed; seconds."""
     try:
         times = [os.stat(path).st_mtime]
         if os.path.isdir(path):
             with os.scandir(path) as found:
                 times += [item.stat().st_mtime for item in found]
     except OSError:
-        return 0.0
-    return max(times)
+        return []
+    return times

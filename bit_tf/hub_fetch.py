@@ -99,7 +99,8 @@ def _install(
     published = release(address)
     expected = None
     if published is not None:
-        _require_handle(address, published.handle)
+        version = published.handle.version if is_versioned(address) else None
+        _require_handle(address, published.handle.at(version))
         expected = {file.path: file for file in published.files}
     name = hub_cache.key(handle)
     folder = hub_cache.downloads(root)
@@ -108,7 +109,7 @@ def _install(
     )
     try:
         cached_download.cached(
-            _archive_address(address),
+            _archive_address(address, published),
             size=None if published is None else published.size,
             directory=folder,
             name=place.file.name,
@@ -320,17 +321,35 @@ def _get(url: str, timeout: float) -> bytes | None:
 
 def _entry_address(address: str) -> str:
     """Where the entry is, with what else a query has, such as a token."""
+    parts = urllib.parse.urlsplit(handles.entry_url(address))
+    return urllib.parse.urlunsplit(parts._replace(query=_own_query(address)))
+
+
+def _own_query(address: str) -> str:
+    """The query of an address without that of tensorflow_hub."""
     pairs = urllib.parse.parse_qsl(
         urllib.parse.urlsplit(address).query, keep_blank_values=True
     )
     query = [pair for pair in pairs if pair[0] != handles.FORMAT_QUERY]
-    parts = urllib.parse.urlsplit(handles.entry_url(address))
-    return urllib.parse.urlunsplit(
-        parts._replace(query=urllib.parse.urlencode(query))
-    )
+    return urllib.parse.urlencode(query)
 
 
-def _archive_address(address: str) -> str:
+def _archive_address(address: str, published: handles.Release | None) -> str:
+    """Where the archive is: in a repository a file, elsewhere an answer.
+
+    Buckets and other servers of plain files pass a query over.
+    """
+    if published is not None:
+        parts = urllib.parse.urlsplit(address)
+        path = parts.path.rstrip("/").removesuffix(handles.ARCHIVE_SUFFIX)
+        if not is_versioned(path):
+            path = f"{path}/{published.handle.version}"
+        parts = parts._replace(
+            path=f"{path}{handles.ARCHIVE_SUFFIX}",
+            query=_own_query(address),
+            fragment="",
+        )
+        return urllib.parse.urlunsplit(parts)
     if address.startswith(_CHINA):
         name = re.split("[?#]", address.removeprefix(_CHINA))[0].rstrip("/")
         return f"{_CHINA_ARCHIVES}{name}{handles.ARCHIVE_SUFFIX}"

@@ -69,7 +69,7 @@ def install(
         todo = [name for name in places if name not in outcome]
         if not todo:
             return outcome
-        staged = stack.enter_context(_hidden(root, todo[0]))
+        staged = stack.enter_context(_staging(root, todo[0]))
         _fill(staged, source, root, expected)
         found_files = integrity.contents(staged)
         _require_same(found_files, expected, origin)
@@ -80,7 +80,7 @@ def install(
             _require_alone(root, todo)
         copies = dict.fromkeys(todo[:1], staged)
         for name in todo[1:]:
-            copies[name] = stack.enter_context(_hidden(root, name))
+            copies[name] = stack.enter_context(_staging(root, name))
             with files.new_directory(copies[name]) as folder:
                 _copy_tree(staged, pathlib.Path(folder), link=True)
         record = {
@@ -133,16 +133,19 @@ def install_one(
 
 
 @contextlib.contextmanager
-def _hidden(root: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """A path for a model that is about to become `name`; it is empty after."""
-    path = root / f".{name}.{secrets.token_hex(8)}.whole"
+def _staging(root: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+    """A path for what is about to become `name`; it is empty after.
+
+    Nobody takes what a killed process leaves there for a complete model.
+    """
+    path = root / f".{name}.{secrets.token_hex(8)}.tmp"
     try:
         yield path
     finally:
-        if path.exists():
-            shutil.rmtree(
-                hub_cache.rename_away(path, "tmp"), ignore_errors=True
-            )
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _fill(
@@ -161,7 +164,7 @@ def _fill(
             archives.unpack(source, staged)
         return
     with files.new_directory(staged) as folder:
-        inside = root in source.resolve().parents
+        inside = root.resolve() in source.resolve().parents
         _copy_tree(source, pathlib.Path(folder), link=inside)
 
 
@@ -256,21 +259,31 @@ def _put(
 ) -> None:
     """Puts a complete directory in an entry's place.
 
-    Killed in between, it leaves either model in place, or both aside.
+    Killed in between, it leaves either model in place, or both aside. The new
+    one is only then aside under a name that others restore, and its record is
+    in place before it.
     """
-    found.record.unlink(missing_ok=True)
-    if handle is not None and hub_cache.is_open(handle):
-        hub_cache.write_descriptor(found, handle)
-    old = hub_cache.rename_away(found.path, "old") if found.exists else None
-    try:
-        os.rename(staged, found.path)
-    except OSError:
-        if old:
-            os.rename(old, found.path)
-        raise
-    files.sync(found.root)
     named = handle and hub_cache.shown(handle)
-    cache_records.write_json(found.record, {"handle": named, **record})
+    with _staging(found.root, found.key) as new_record:
+        cache_records.write_json(new_record, {"handle": named, **record})
+        found.record.unlink(missing_ok=True)
+        if handle is not None and hub_cache.is_open(handle):
+            hub_cache.write_descriptor(found, handle)
+        old = None
+        whole = hub_cache.rename_away(staged, "whole")
+        try:
+            if found.exists:
+                old = hub_cache.rename_away(found.path, "old")
+            os.replace(new_record, found.record)
+            os.rename(whole, found.path)
+        except OSError:
+            # Under this name, it is removed.
+            os.rename(whole, staged)
+            found.record.unlink(missing_ok=True)
+            if old:
+                os.rename(old, found.path)
+            raise
+    files.sync(found.root)
     if old is None:
         return
     # What is half removed must not be restored.

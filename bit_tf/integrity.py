@@ -16,10 +16,18 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from bit_tf import errors, handles
+from bit_tf import errors, files, handles
 
-__all__ = ["BREAKING", "Problem", "contents", "examine", "regular_files"]
+__all__ = [
+    "BREAKING",
+    "Problem",
+    "compared",
+    "contents",
+    "examine",
+    "regular_files",
+]
 
 _GRAPH = "saved_model.pb"
 _GRAPH_TEXT = "saved_model.pbtxt"
@@ -74,9 +82,8 @@ def contents(path: str | os.PathLike[str]) -> dict[str, handles.File]:
     """
     found = {}
     for relative in regular_files(pathlib.Path(path)):
-        with open(pathlib.Path(path, relative), "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[relative] = handles.File(relative, file.tell(), digest)
+        size, digest = files.measure(pathlib.Path(path, relative))
+        found[relative] = handles.File(relative, size, digest)
     return found
 
 
@@ -102,6 +109,65 @@ def examine(
         expected or {},
         thorough,
     )
+
+
+def compared(
+    path: str | os.PathLike[str], expected: Mapping[str, handles.File]
+) -> list[Problem]:
+    """How a SavedModel's directory differs from what is expected, in all bytes.
+
+    TensorFlow is not loaded. What this process has read and found right is
+    read again only after a change of any file's size, times or inode.
+
+    Args:
+      path: the directory.
+      expected: path → file, of all its files.
+    """
+    path = pathlib.Path(os.path.abspath(path))
+    return examine(path, expected=expected) or _guarded(
+        path, _other_bytes, expected, True
+    )
+
+
+# Directory → (stamp of its files, what was expected), as found right.
+_RIGHT: dict[pathlib.Path, tuple[Any, Mapping[str, handles.File]]] = {}
+
+
+def _other_bytes(
+    path: pathlib.Path, expected: Mapping[str, handles.File], thorough: bool
+) -> list[Problem]:
+    try:
+        stamp = _stamp(path)
+        if _RIGHT.get(path) == (stamp, expected):
+            return []
+        more = sorted({row[0] for row in stamp} - expected.keys())
+    except errors.ArchiveError as error:
+        return [Problem("changed bytes", str(error))]
+    problems = _differences(path, expected, thorough) + [
+        Problem("changed bytes", f"{name}: not expected") for name in more
+    ]
+    # Whoever changes it meanwhile has it read again.
+    if not problems:
+        _RIGHT[path] = stamp, dict(expected)
+    return problems
+
+
+def _stamp(path: pathlib.Path) -> tuple[tuple[str | int, ...], ...]:
+    """What changes with any file of a directory."""
+    rows = []
+    for relative in regular_files(path):
+        found = os.stat(path / relative)
+        rows.append(
+            (
+                relative,
+                found.st_dev,
+                found.st_ino,
+                found.st_size,
+                found.st_mtime_ns,
+                found.st_ctime_ns,
+            )
+        )
+    return tuple(rows)
 
 
 def regular_files(path: pathlib.Path) -> Iterator[str]:

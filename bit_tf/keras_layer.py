@@ -9,7 +9,7 @@ import os
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -20,9 +20,11 @@ from bit_tf import errors, hub
 
 __all__ = ["KerasLayer"]
 
-# The Keras variable of each tf.Variable, by its id. Layers of one loaded
-# object share it, so that a model of several trains each weight once.
-_WRAPPERS: weakref.WeakValueDictionary[int, keras.Variable] = (
+# The Keras variables of each tf.Variable, by its id and whether they are for
+# training. Layers of one loaded object share them, so that a model of several
+# trains each weight once. Models train what says of itself that it is
+# trainable, whatever its layer says: a frozen layer has variables of its own.
+_WRAPPERS: weakref.WeakValueDictionary[tuple[int, bool], keras.Variable] = (
     weakref.WeakValueDictionary()
 )
 
@@ -49,7 +51,9 @@ class KerasLayer(keras.layers.Layer):
     The SavedModel's variables are trained in place. `training=True` reaches
     the SavedModel if it takes `training`, the layer is trainable, and the
     model around it is training. Its `regularization_losses` are among the
-    losses while the layer is trainable.
+    losses while the layer is trainable. Layers of one loaded object share its
+    variables, and are trainable or frozen each by itself: a variable is trained
+    in models with a trainable layer of it.
 
     A model with this layer can be saved as `.keras`, with the weights. To load
     one, import this class first, so that Keras knows it. As that fetches and
@@ -145,7 +149,7 @@ class KerasLayer(keras.layers.Layer):
         self.supports_jit = not any(
             "string" in dtypes for dtypes in self._input_dtypes
         )
-        self._wrap_variables(trainable)
+        self._wrap_variables()
         self._warned = False
         self.built = True
 
@@ -153,6 +157,32 @@ class KerasLayer(keras.layers.Layer):
     def resolved_object(self) -> Any:
         """What was loaded from the handle, or the object given as one."""
         return self._model
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training changes the model's `trainable_variables`."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        # Layer's would freeze the weights of layers that share them.
+        self._trainable = bool(value)
+        for weight in self.weights[: self._trained_count]:
+            weight.trainable = self._trainable
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """The model's variables, those that are trained first.
+
+        A variable is listed as another keras.Variable while the layer is
+        trainable than while it is not; both hold the same tf.Variable.
+        """
+        return list(self._wrappers if self._trainable else self._frozen())
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The same as `weights`."""
+        return self.weights
 
     def call(self, inputs, training=None):
         """The model's outputs.
@@ -403,7 +433,7 @@ class KerasLayer(keras.layers.Layer):
         # Layers that share a variable share its name, which another of
         # this layer's may have.
         names: set[str] = set()
-        for variable in self.weights:
+        for variable in self._wrappers:
             yield _unused(variable.name, names), variable
 
     def _shown(self) -> str:
@@ -467,28 +497,25 @@ class KerasLayer(keras.layers.Layer):
         firsts = (trace.structured_input_signature[0][:1] for trace in traces)
         return (), tuple(_dtypes(first) for first in firsts if first)
 
-    def _wrap_variables(self, trainable: bool) -> None:
+    def _wrap_variables(self) -> None:
         """Lists the SavedModel's variables as weights of this layer."""
         training = _unique(getattr(self._model, "trainable_variables", ()))
         others = _unique(getattr(self._model, "variables", ()))
-        names: set[str] = set()
-        wrappers = []
+        variables = list({**training, **others}.values())
         with keras.name_scope(self.name):
-            for variable in {**training, **others}.values():
+            for variable in variables:
                 if not isinstance(variable, tf.Variable):
                     raise errors.HandleError(
                         "A reusable SavedModel's `variables` are "
                         f"tf.Variables. Received: {self._shown()}, with one of "
                         f"type {type(variable).__name__}."
                     )
-                wrapper = _wrapper(variable, names)
-                wrapper.trainable = id(variable) in training
-                wrappers.append(wrapper)
-        # Keras tracks what an attribute lists, as trainable or not; and to set
-        # layer.trainable to what it is would not reach the variables.
+            wrappers = _wrapped(variables, training)
+            frozen = _wrapped(variables, ())
         self._wrappers = wrappers
-        for wrapper in wrappers[: len(training)]:
-            wrapper.trainable = trainable
+        # Keras would track a list, and checkpoints have each variable twice.
+        self._frozen = lambda: frozen
+        self._trained_count = len(training)
         penalties = list(getattr(self._model, "regularization_losses", ()))
         for penalty in penalties:
             if not callable(penalty):
@@ -611,25 +638,46 @@ def _unique(variables: Iterable[Any]) -> dict[int, Any]:
     return {id(variable): variable for variable in variables}
 
 
-def _wrapper(variable: tf.Variable, names: set[str]) -> keras.Variable:
+def _wrapped(
+    variables: Iterable[tf.Variable], training: Container[int]
+) -> list[keras.Variable]:
+    """The Keras variables of a layer.
+
+    Args:
+      variables: of the SavedModel.
+      training: ids of those that are for training.
+    """
+    names: set[str] = set()
+    return [
+        _wrapper(variable, id(variable) in training, names)
+        for variable in variables
+    ]
+
+
+def _wrapper(
+    variable: tf.Variable, trainable: bool, names: set[str]
+) -> keras.Variable:
     """The Keras variable that holds this very tf.Variable.
 
     Args:
       variable: of the SavedModel.
+      trainable: whether it is for training.
       names: those that the layer has used; the new one is added.
     """
-    wrapper = _WRAPPERS.get(id(variable))
+    key = id(variable), trainable
+    wrapper = _WRAPPERS.get(key)
     if wrapper is None:
         name = re.sub(r":\d+$", "", variable.name).replace("/", "_")
         wrapper = keras.Variable(
             variable,
             dtype=variable.dtype,
+            trainable=trainable,
             autocast=False,
             name=_unused(name, names),
         )
         # Before version 3.10, Keras holds a copy.
         wrapper._value = variable
-        _WRAPPERS[id(variable)] = wrapper
+        _WRAPPERS[key] = wrapper
     names.add(wrapper.name)
     return wrapper
 

@@ -39,6 +39,10 @@ class Row:
       age: seconds since it came.
       partial: bytes of a download that is not complete.
       problems: what is wrong with it.
+      compared: what all its bytes were compared with: its "record"; the
+        "entry" that a mirror on this disk has; or the "checksums" that the
+        variables have, but not the graph and the assets. "" if they were not
+        read.
     """
 
     key: str
@@ -50,6 +54,7 @@ class Row:
     age: float
     partial: int
     problems: tuple[integrity.Problem, ...]
+    compared: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only."""
@@ -98,7 +103,10 @@ def listed(
       OSError: the cache cannot be read.
     """
     damage = _Damage(thorough)
-    rows = [_row(entry, damage(entry)) for entry in _chosen(root, chosen)]
+    rows = [
+        _row(entry, damage(entry), damage.compared(entry))
+        for entry in _chosen(root, chosen)
+    ]
     return sorted(rows, key=lambda row: (row.model, row.handle, row.key))
 
 
@@ -158,8 +166,9 @@ def seeded(
       handle: an http or https address, or a handle of `bit_tf.variants`
         without "https://tfhub.dev/".
       source: the directory of a SavedModel, an archive, the folder of a
-        version in a repository, or whatever `hub.resolve` takes. It is
-        compared with its entry in the repository, where there is one.
+        version in a repository or the model in it, or whatever `hub.resolve`
+        takes. It is compared with its entry in the repository, where there is
+        one.
       root: the cache.
       overwrite: whether whole models of other content are replaced.
 
@@ -297,17 +306,48 @@ class _Damage:
     def __init__(self, thorough: bool):
         self._thorough = thorough
         self._known: dict[Any, list[integrity.Problem]] = {}
+        self._described: dict[str, dict[str, handles.File]] = {}
+
+    def compared(self, entry: hub_cache.Entry) -> str:
+        """What all bytes of an entry are compared with; see `Row`."""
+        if not self._thorough or not entry.exists:
+            return ""
+        if entry.files:
+            return "record"
+        return "entry" if self._expected(entry) else "checksums"
+
+    def _expected(self, entry: hub_cache.Entry) -> dict[str, handles.File]:
+        """The files of a model without a record, if a mirror tells them.
+
+        The mirror's model may be another of the same handle, made anew: it is
+        the same if paths and sizes are.
+        """
+        if not self._thorough or entry.files or entry.handle is None:
+            return {}
+        model = _model(entry)
+        if model not in self._described:
+            self._described[model] = hub.described_files(entry.handle)
+        found = self._described[model]
+        has = {
+            pathlib.PurePath(path).as_posix(): stat.st_size
+            for path, stat in _stats(entry.path).items()
+        }
+        same = has == {path: file.size for path, file in found.items()}
+        return found if same else {}
 
     def __call__(self, entry: hub_cache.Entry) -> list[integrity.Problem]:
         if not entry.exists:
             return []
+        expected = self._expected(entry)
         inodes = tuple(
             (path, found.st_dev, found.st_ino)
             for path, found in _stats(entry.path).items()
         )
-        same = inodes, tuple(sorted(entry.files.items()))
+        same = inodes, tuple(sorted((entry.files or expected).items()))
         if not inodes or same not in self._known:
-            self._known[same] = hub_cache.damage(entry, thorough=self._thorough)
+            self._known[same] = hub_cache.damage(
+                entry, thorough=self._thorough, expected=expected
+            )
         return self._known[same]
 
 
@@ -322,7 +362,9 @@ def _model(entry: hub_cache.Entry) -> str:
     return hub_cache.shown(min(spellings, key=lambda text: (len(text), text)))
 
 
-def _row(entry: hub_cache.Entry, damage: list[integrity.Problem]) -> Row:
+def _row(
+    entry: hub_cache.Entry, damage: list[integrity.Problem], compared: str
+) -> Row:
     problems = [*damage, *hub_cache.litter(entry)]
     stats = _stats(entry.path)
     state = "whole" if entry.exists else "absent"
@@ -349,6 +391,7 @@ def _row(entry: hub_cache.Entry, damage: list[integrity.Problem]) -> Row:
         max(0.0, age),
         partial,
         tuple(problems),
+        compared if state == "whole" else "",
     )
 
 
@@ -401,7 +444,7 @@ def _source(text: str, root: pathlib.Path) -> _Source:
     if path.is_dir():
         origin = str(path.absolute())
         if not (path / handles.ENTRY_FILE).is_file():
-            return _Source(path, origin)
+            return _Source(path, origin, None, _files(_published_beside(path)))
         published = _published(path)
         model = path / handles.MODEL_FOLDER
         if model.is_dir():
@@ -429,6 +472,16 @@ def _published(folder: pathlib.Path) -> handles.Release | None:
     """The entry of a repository in a version's folder, or None."""
     path = folder / handles.ENTRY_FILE
     return handles.Release.parse(path.read_bytes()) if path.is_file() else None
+
+
+def _published_beside(model: pathlib.Path) -> handles.Release | None:
+    """The entry of a model's directory in a repository, or None."""
+    for path in (pathlib.Path(os.path.abspath(model)), model.resolve()):
+        if path.name == handles.MODEL_FOLDER:
+            published = _published(path.parent)
+            if published is not None:
+                return published
+    return None
 
 
 def _files(

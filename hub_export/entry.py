@@ -5,6 +5,7 @@ with the SavedModel. Of its JSON, `handles.Release` is what consumers read.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -122,6 +123,7 @@ class Entry:
       archive: the path in the repository, bytes and SHA-256 of the archive.
       files: of the SavedModel, in the order of their paths.
       published: when, in UTC, such as "2026-11-21T18:00:00Z".
+      pages: of the version's folder, its page and card, by their names there.
     """
 
     publication: Publication
@@ -131,6 +133,17 @@ class Entry:
     archive: handles.File
     files: tuple[handles.File, ...]
     published: str
+    pages: tuple[handles.File, ...] = ()
+
+    def with_pages(self, written: Mapping[str, bytes]) -> "Entry":
+        """The same with the hashes of a page and a card, name → content."""
+        pages = tuple(
+            handles.File(
+                name, len(content), hashlib.sha256(content).hexdigest()
+            )
+            for name, content in sorted(written.items())
+        )
+        return dataclasses.replace(self, pages=pages)
 
     @property
     def handle(self) -> handles.Handle:
@@ -149,6 +162,7 @@ class Entry:
             **self.publication.to_dict(),
             "archive": dataclasses.asdict(self.archive),
             "files": [dataclasses.asdict(file) for file in self.files],
+            "pages": [dataclasses.asdict(file) for file in self.pages],
             "card": dataclasses.asdict(self.card),
             "provenance": dataclasses.asdict(self.provenance),
             "graph": dataclasses.asdict(self.graph),
@@ -176,6 +190,7 @@ class Entry:
                 handles.File(**found["archive"]),
                 tuple(handles.File(**row) for row in found["files"]),
                 found["published"],
+                tuple(handles.File(**row) for row in found["pages"]),
             )
             # Types that JSON has, but this class has not.
             entry.to_json()

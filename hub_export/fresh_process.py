@@ -34,6 +34,7 @@ _KEPT = 2**20
 # Seconds in which a stream ends after its process.
 _PATIENCE = 10.0
 _ATTACHED = "--attached"
+_COMMAND = (sys.executable, "-P", "-m")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,8 @@ def call(
         and no part of a fault.
     """
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module, _ATTACHED, os.fspath(directory)],
+        # Absolute, because a name may begin with "-".
+        [*_COMMAND, module, _ATTACHED, os.path.abspath(os.fspath(directory))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if shown else subprocess.PIPE,

@@ -330,7 +330,8 @@ def _version_page(
 ) -> bytes:
     handle = entry.handle
     archive = f"{handle}{handles.ARCHIVE_SUFFIX}"
-    sum_line = f"{entry.archive.sha256}  {posixpath.basename(archive)}"
+    archive_name = posixpath.basename(archive)
+    sum_line = f"{entry.archive.sha256}  {archive_name}"
     check = description.Example(
         "check", "sha256sum", "sh", f"echo '{sum_line}' | sha256sum --check"
     )
@@ -346,6 +347,7 @@ def _version_page(
         outputs_in_words=_outputs_in_words(entry),
         size=description.file_size(entry.archive.size),
         archive=archive,
+        archive_name=archive_name,
         archive_address=description.address(archive, url),
         model=f"{handle.at(None)}/{tree.PAGE_FILE}",
         card=f"{handle}/{tree.CARD_FILE}",

@@ -52,6 +52,10 @@ _DATASETS = {
     "ilsvrc2012": "imagenet-ilsvrc-2012-cls",
 }
 _REQUEST = "request.json"
+_NO_PENALTY = (
+    "The L2 penalty of the SavedModel that it was made from is not kept; give "
+    "the penalty's factor to have one (--l2)."
+)
 # With other numbers of threads, and on a GPU, the golden values' last digits
 # are others.
 _SAME_EVERYWHERE = {
@@ -127,9 +131,9 @@ def publish(
     root = pathlib.Path(os.path.abspath(repository))
     repositories.require_root(root)
     with repositories.claim(root, job.handle) as staging:
-        # What a publisher that died has left undone.
-        if tree.is_repository(root) or tree.released(root):
-            repositories.refresh(root)
+        # What a publisher that died has left undone, and what would be lost
+        # with this one.
+        repositories.refresh(root, url=job.url, title=job.title)
         chosen = repositories.free_version(root, job.handle)
         found = _stage(job, chosen, staging, repositories.index(root), say)
         say(f"Committing {chosen} …")
@@ -338,6 +342,10 @@ class _Job:
         )
         _require_documentable(asked)
         _require_source(source)
+        if os.path.isfile(os.path.join(source, handles.ENTRY_FILE)):
+            # A version's folder, which has its SavedModel in it.
+            source = pathlib.Path(source, handles.MODEL_FOLDER)
+            os.stat(source)
         return cls(
             source,
             asked,
@@ -502,8 +510,9 @@ def _stage(
     say("Loading and checking it in a fresh process …")
     found = _described(publication, model, packed, made)
     _check_archive(staging, made)
-    url = job.url or index.url
-    written = pages.version_files(found, labels.read_saved_model(model), url)
+    # Of no address: a version outlives the host that it was published on.
+    written = pages.version_files(found, labels.read_saved_model(model))
+    found = found.with_pages(written)
     documentation_check.check(
         written[tree.CARD_FILE].decode(), documentation.path_of(handle)
     )
@@ -680,10 +689,21 @@ def _described(
     report = verification.check_model(model)
     found = report.graph
     if not report.ok or found is None or found.relative_error is None:
+        remedy = ""
+        if any(
+            check.name == "golden" and check.status == "failed"
+            for check in report.checks
+        ):
+            remedy = (
+                "\nIf the weights of a published SavedModel were changed in "
+                "place, its golden values are those of the weights before: "
+                "remove assets.extra/ from it, and it is read as a checkpoint "
+                "and made anew; or publish the checkpoint of the training."
+            )
         raise errors.VerificationError(
             "A model is published if it passes every check, and gives its "
             f"golden values. Received: {handle}, which was not published:\n"
-            f"{report.table()}"
+            f"{report.table()}{remedy}"
         )
     said, came = _cards(model)
     return entry.Entry(
@@ -817,28 +837,67 @@ def _convert(
         verify=False,
         **options,
     )
-    return report["notes"]
+    notes = report["notes"]
+    if not options["l2"]:
+        with _saved_model(weights, path.parent) as found:
+            if found is not None and _has_penalty(found):
+                notes = [*notes, _NO_PENALTY]
+    return notes
 
 
 def _copied(source: str | pathlib.Path, path: pathlib.Path, head: bool) -> bool:
     """Copies a SavedModel of this package, if it is one and its head fits."""
-    if not os.path.exists(source):
-        if not str(source).lower().startswith(("http://", "https://")):
-            return False
-        source = published.locate(source).path
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        found = pathlib.Path(source)
-        if found.is_file() and archive.is_archive(found):
-            unpacked = pathlib.Path(folder, "source")
-            archive.unpack(found, unpacked)
-            found = unpacked
-        if not (found / card.CARD_FILE).is_file():
+    with _saved_model(source, path.parent) as found:
+        if found is None or not (found / card.CARD_FILE).is_file():
             return False
         if bool(_cards(found)[0].num_classes) != head:
             return False
         with repositories.writing(path.parent):
             _copy(found, path)
     return True
+
+
+@contextlib.contextmanager
+def _saved_model(
+    source: str | pathlib.Path, beside: pathlib.Path
+) -> Iterator[pathlib.Path | None]:
+    """The directory that a source is, or whose archive it is, or None.
+
+    Args:
+      source: what weights are read from.
+      beside: where an archive is unpacked, until the block ends.
+    """
+    if not os.path.exists(source):
+        if not str(source).lower().startswith(("http://", "https://")):
+            yield None
+            return
+        source = published.locate(source).path
+    found = pathlib.Path(source)
+    if not found.is_file():
+        yield found
+    elif not archive.is_archive(found):
+        yield None
+    else:
+        with tempfile.TemporaryDirectory(dir=beside) as folder:
+            unpacked = pathlib.Path(folder, "source")
+            archive.unpack(found, unpacked)
+            yield unpacked
+
+
+def _has_penalty(directory: pathlib.Path) -> bool:
+    """Whether a SavedModel offers regularization losses."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    path = directory / "saved_model.pb"
+    if not path.is_file():
+        return False
+    message = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    for graph in message.meta_graphs:
+        nodes = graph.object_graph_def.nodes
+        for child in nodes[0].children if nodes else ():
+            if child.local_name == "regularization_losses":
+                return bool(nodes[child.node_id].children)
+    return False
 
 
 def _copy(source: pathlib.Path, path: pathlib.Path) -> None:

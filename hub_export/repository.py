@@ -34,12 +34,14 @@ __all__ = [
     "free_version",
     "index",
     "is_left_over",
+    "is_unfinished",
     "make_folder",
     "refresh",
     "remove_left_overs",
     "replace_file",
     "require_root",
     "same_file",
+    "write_empty_index",
     "writing",
 ]
 
@@ -89,9 +91,27 @@ def require_root(root: str | os.PathLike[str]) -> None:
         )
 
 
+def is_unfinished(root: str | os.PathLike[str]) -> bool:
+    """Whether it is a repository whose index.json was never written."""
+    return os.path.isdir(os.path.join(root, _LOCKS)) and not tree.is_repository(
+        root
+    )
+
+
 @contextlib.contextmanager
-def writing(root: str | os.PathLike[str]) -> Iterator[None]:
+def writing(
+    root: str | os.PathLike[str],
+    what: str = "A repository is a directory with room that can be read and "
+    "written",
+    remedy: str = "What had been published is still there; check the free "
+    "space and the permissions, and publish again",
+) -> Iterator[None]:
     """Turns what the system says into an error with a remedy.
+
+    Args:
+      root: what is written.
+      what: the rule, without its full stop.
+      remedy: likewise.
 
     Raises:
       ExportError: an OSError came out of the block.
@@ -102,10 +122,7 @@ def writing(root: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except (OSError, NotImplementedError) as error:
         raise errors.ExportError(
-            "A repository is a directory with room that can be read and "
-            f"written. Received: {os.fspath(root)!r}: {error}. What had been "
-            "published is still there; check the free space and the "
-            "permissions, and publish again."
+            f"{what}. Received: {os.fspath(root)!r}: {error}. {remedy}."
         ) from error
 
 
@@ -446,6 +463,18 @@ def replace_file(path: pathlib.Path, content: bytes) -> bool:
     return True
 
 
+def write_empty_index(root: pathlib.Path, url: str | None, title: str) -> None:
+    """Keeps the address and the title until there are versions to list.
+
+    It also tells what was stopped from a directory of something else.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    content = derived([], url, title)[handles.INDEX_FILE]
+    replace_file(root / handles.INDEX_FILE, content)
+
+
 def is_left_over(name: str) -> bool:
     """Whether it is the name of a file that was not put in its place."""
     return _LEFT_OVER.fullmatch(name) is not None
@@ -484,6 +513,8 @@ def _refresh(
     found = entries(root)
     content = derived(found, url, title)
     with writing(root):
+        if not tree.is_repository(root):
+            write_empty_index(root, url, title)
         _remove_rest(root, before, found, content)
         for path, data in content.items():
             replace_file(root / path, data)

@@ -23,7 +23,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bit_tf import errors, handles
-from hub_export import access_log, http_conditions, pages, served_files, tree
+from hub_export import (
+    access_log,
+    http_conditions,
+    pages,
+    repository,
+    served_files,
+    tree,
+)
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -31,7 +38,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["PAGE_HEADERS", "application", "checked_bucket"]
+__all__ = ["MAX_HEADER", "PAGE_HEADERS", "application", "checked_bucket"]
+
+# Bytes of a request's line and headers.
+MAX_HEADER = 16 * 2**10
 
 _METHODS = ("GET", "HEAD")
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9]")
@@ -106,6 +116,14 @@ def application(
 
 
 def _real_root(root: str | os.PathLike[str]) -> str:
+    if repository.is_unfinished(root):
+        raise errors.HandleError(
+            "What is served is a repository of models, which holds "
+            f"{handles.INDEX_FILE}. Received: {os.fspath(root)!r}, in which "
+            "the first publication was not finished. Publish again, as "
+            "before, or make the index and pages of what is there with: "
+            "hub-export publish --refresh --repository DIR"
+        )
     if not tree.is_repository(root):
         raise errors.HandleError(
             "What is served is a repository of models, which holds "
@@ -490,6 +508,18 @@ def _answer_with(
     return served_files.Download(file, status, described, start, stop)
 
 
+def _header_size(scope: "Scope") -> int:
+    """Bytes of a request's line and headers, as they were sent."""
+    target = scope.get("raw_path") or scope["path"].encode()
+    line = f"{scope['method']} ? HTTP/1.1\r\n\r\n"
+    return (
+        len(line)
+        + len(target)
+        + len(scope["query_string"])
+        + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    )
+
+
 class _Edge:
     """What surrounds every request: limit, paths, headers, access log.
 
@@ -518,6 +548,9 @@ class _Edge:
         status, sent = 0, 0
         # The rest of such a request would be read as another one.
         close = _has_body(Headers(scope=scope))
+        # A server may take more at once, if it comes in one piece.
+        oversized = _header_size(scope) > MAX_HEADER
+        close = close or oversized
 
         async def note(message: "Message") -> None:
             nonlocal status, sent
@@ -536,7 +569,11 @@ class _Edge:
         path = _ABSOLUTE_FORM.sub("", scope["path"], count=1) or "/"
         prefix = self._prefix or scope.get("root_path", "")
         app: Any = self._app
-        if self._active >= self._limit:
+        if oversized:
+            app = PlainTextResponse(
+                f"A request has up to {MAX_HEADER} bytes of headers.\n", 431
+            )
+        elif self._active >= self._limit:
             busy = served_files.busy()
             app = PlainTextResponse(f"{busy.text}\n", busy.status, busy.headers)
         elif not path.startswith("/"):

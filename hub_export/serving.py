@@ -38,7 +38,6 @@ HEADER_SECONDS = 10.0
 STALL_SECONDS = 60.0
 # … or no other request comes for this time.
 KEEP_ALIVE_SECONDS = 20
-_MAX_HEADER = 16 * 2**10
 
 
 class _Guarded(H11Protocol):
@@ -165,7 +164,7 @@ def serve(
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=grace,
-            h11_max_incomplete_event_size=_MAX_HEADER,
+            h11_max_incomplete_event_size=server.MAX_HEADER,
         )
     )
     with (

@@ -4,11 +4,10 @@ Nothing here raises for a bad model: each finding is a check in a report, and
 what depends on a failed check says so.
 """
 
-import collections
 import contextlib
 import dataclasses
-import filecmp
 import fnmatch
+import hashlib
 import json
 import os
 import pathlib
@@ -36,12 +35,13 @@ from hub_export import (
     entry,
     graph,
     operations,
-    repository,
+    repository_check,
     tree,
 )
 from hub_export.contradictions import contradictions, mistyped
-from hub_export.description import clean, file_size, newest
-from hub_export.graph import ABSENT, FAILED, PASSED, Check
+from hub_export.description import clean, file_size
+from hub_export.graph import FAILED, PASSED, Check
+from hub_export.report import Findings, Report
 
 __all__ = [
     "CHECKS",
@@ -65,9 +65,9 @@ CHECKS = (
     "card",
     "page",
 )
-# Of what a repository has beside its models.
-REPOSITORY_CHECKS = ("index", "archives", "entries", "pages", "staging")
 
+# Of what a repository has beside its models.
+REPOSITORY_CHECKS = repository_check.CHECKS
 # What an archive of a SavedModel may hold; * is any text, also with "/".
 _ALLOWED = (
     "saved_model.pb",
@@ -83,54 +83,21 @@ _FOLDERS = ("assets/", "assets.extra/", "variables/")
 _NESTED = ("assets/", "assets.extra/")
 _GRAPHS = ("saved_model.pb", "saved_model.pbtxt")
 _TF1_HUB = "tfhub_module.pb"
+# By any of these a directory is a SavedModel, whole or not.
+_OF_A_MODEL = (*_GRAPHS, _TF1_HUB, "variables", "assets.extra")
 _QUICK = "not looked at (quick)"
-_MARKS = {PASSED: "✓", FAILED: "✗", ABSENT: "–"}
-_MOST_NAMED = 5
 # Of a JSON file that is read whole, and of zeros after an archive; bytes.
 _MAX_TEXT = 2**24
 _CHUNK = 2**20
+# What a version's folder holds, each a plain file or a directory.
+_OF_A_VERSION = {
+    tree.PAGE_FILE: stat.S_ISREG,
+    tree.CARD_FILE: stat.S_ISREG,
+    handles.ENTRY_FILE: stat.S_ISREG,
+    tree.ARCHIVE_FILE: stat.S_ISREG,
+    handles.MODEL_FOLDER: stat.S_ISDIR,
+}
 _TAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was found at one target.
-
-    Attributes:
-      target: a path, or an address without password and query.
-      checks: in the order of `CHECKS` or `REPOSITORY_CHECKS`.
-      graph: what a fresh process found in the SavedModel, or None if it was
-        not loaded, or is no reusable model of pictures.
-    """
-
-    target: str
-    checks: tuple[Check, ...]
-    graph: entry.Graph | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether no check failed."""
-        return all(check.status != FAILED for check in self.checks)
-
-    def table(self) -> str:
-        """A line for the target and one for each check, safe to print."""
-        width = max(len(check.name) for check in self.checks)
-        lines = [_printable(self.target)]
-        lines += [
-            f"  {_MARKS[check.status]} {check.name:{width}}  "
-            f"{_printable(check.detail)}"
-            for check in self.checks
-        ]
-        return "\n".join(line.rstrip() for line in lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON's types only."""
-        return {
-            "target": self.target,
-            "ok": self.ok,
-            "checks": [dataclasses.asdict(check) for check in self.checks],
-            "graph": self.graph and dataclasses.asdict(self.graph),
-        }
 
 
 def check_model(
@@ -146,7 +113,7 @@ def check_model(
       description: its entry, where there is one.
       quick: leave out what needs the graph to be loaded.
     """
-    findings = _Findings(os.fspath(directory))
+    findings = Findings(os.fspath(directory), CHECKS)
     _look(findings, pathlib.Path(directory), description, quick)
     return findings.report()
 
@@ -176,85 +143,34 @@ def verify(
     if text.startswith("file://"):
         text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
     path = pathlib.Path(text)
-    if path.is_dir():
+    why = "another file" if path.exists() else "not there"
+    if not text:
+        why = "empty"
+    elif path.is_dir():
         if tree.is_repository(path):
             return _repository(path, quick)
         if (path / handles.ENTRY_FILE).is_file():
             return _published(path, quick)
-        return [check_model(path, quick=quick)]
-    if path.is_file() and archive.is_archive(path):
+        if any(os.path.lexists(path / name) for name in _OF_A_MODEL):
+            return [check_model(path, quick=quick)]
+        why = (
+            f"a directory without {handles.INDEX_FILE}, {handles.ENTRY_FILE} "
+            f"and {_GRAPHS[0]}"
+        )
+    elif path.is_file() and archive.is_archive(path):
         return [_archive(path, quick)]
     raise errors.HandleError(
         "What is verified is a handle (https://…), a SavedModel's directory, "
         "a .tar.gz, .tgz or .tar archive, or a repository of models or a part "
-        f"of one. Received: {errors.brief(text)}, which is "
-        f"{'another file' if path.exists() else 'not there'}."
+        f"of one. Received: {errors.brief(text)}, which is {why}."
     )
-
-
-class _Findings:
-    """A report in the making: what was found, by the check's name."""
-
-    def __init__(self, target: str, names: Iterable[str] = CHECKS):
-        self.graph: entry.Graph | None = None
-        self._target = target
-        self._names = tuple(names)
-        self._problems = collections.defaultdict[str, list[str]](list)
-        self._details = collections.defaultdict[str, list[str]](list)
-        self._absent: dict[str, str] = {}
-
-    def fail(self, name: str, *problems: str) -> None:
-        self._problems[name] += problems
-
-    def note(self, name: str, detail: str) -> None:
-        self._details[name].append(detail)
-
-    def absent(self, why: str, *names: str) -> None:
-        """Says why nothing was checked, unless something was."""
-        for name in names:
-            self._absent.setdefault(name, why)
-
-    def fail_rest(self, why: str) -> None:
-        """Fails what cannot be checked any more."""
-        for name in self._names:
-            if not {name} & {*self._problems, *self._details, *self._absent}:
-                self.fail(name, why)
-
-    def failed(self, name: str) -> bool:
-        return bool(self._problems[name])
-
-    def report(self) -> Report:
-        return Report(
-            self._target,
-            tuple(self._check(name) for name in self._names),
-            self.graph,
-        )
-
-    def _check(self, name: str) -> Check:
-        problems, details = self._problems[name], self._details[name]
-        if problems:
-            return Check(name, FAILED, _listed(problems))
-        if details:
-            return Check(name, PASSED, "; ".join(details))
-        return Check(name, ABSENT, self._absent.get(name, "nothing to check"))
-
-
-def _listed(problems: list[str]) -> str:
-    shown = "; ".join(problems[:_MOST_NAMED])
-    more = len(problems) - _MOST_NAMED
-    return f"{shown}; and {more} more" if more > 0 else shown
-
-
-def _printable(text: str) -> str:
-    """Text that a terminal shows and does not obey."""
-    return clean(" ".join(text.split()))
 
 
 # --- a SavedModel's directory
 
 
 def _look(
-    findings: _Findings,
+    findings: Findings,
     directory: pathlib.Path,
     description: entry.Entry | None,
     quick: bool,
@@ -267,7 +183,7 @@ def _look(
     else:
         _check_hashes(findings, directory, there, description.files)
     findings.absent("not in a repository", "page")
-    if any(_is_special(found.st_mode) for found in there.values()):
+    if any(_is_special(_led_to(directory / path)) for path in there):
         findings.fail("operations", "not read: not all are regular files")
         findings.fail_rest("not loaded")
         return
@@ -314,6 +230,14 @@ def _is_special(mode: int) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
 
 
+def _led_to(path: pathlib.Path) -> int:
+    """The mode of what is there, or of what a link there leads to."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return path.lstat().st_mode
+
+
 def _misplaced(path: str, found: os.stat_result) -> str | None:
     """Why something must not be in a SavedModel, or None."""
     if any(part.startswith(".") for part in path.split("/")):
@@ -333,7 +257,7 @@ def _misplaced(path: str, found: os.stat_result) -> str | None:
 
 
 def _check_files(
-    findings: _Findings, there: Mapping[str, os.stat_result]
+    findings: Findings, there: Mapping[str, os.stat_result]
 ) -> None:
     sizes = []
     for path, found in there.items():
@@ -350,7 +274,7 @@ def _check_files(
 
 
 def _check_hashes(
-    findings: _Findings,
+    findings: Findings,
     directory: pathlib.Path,
     there: Mapping[str, os.stat_result],
     expected: Iterable[handles.File],
@@ -388,7 +312,7 @@ def _check_hashes(
     findings.note("hash", f"{where}{len(wanted)} files as in the entry")
 
 
-def _check_operations(findings: _Findings, directory: pathlib.Path) -> bool:
+def _check_operations(findings: Findings, directory: pathlib.Path) -> bool:
     """Whether it is a SavedModel of TensorFlow 2."""
     try:
         found = operations.read(directory)
@@ -401,7 +325,7 @@ def _check_operations(findings: _Findings, directory: pathlib.Path) -> bool:
 
 
 def _check_card(
-    findings: _Findings,
+    findings: Findings,
     directory: pathlib.Path,
     description: entry.Entry | None,
 ) -> None:
@@ -436,7 +360,7 @@ def _check_card(
 
 
 def _graph_problems(
-    findings: _Findings, description: entry.Entry
+    findings: Findings, description: entry.Entry
 ) -> Iterator[str]:
     """Where the graph is not that of the entry."""
     assert findings.graph is not None
@@ -510,7 +434,7 @@ def _parsed(
 
 @contextlib.contextmanager
 def _unpacked(
-    findings: _Findings, path: pathlib.Path
+    findings: Findings, path: pathlib.Path
 ) -> Iterator[pathlib.Path | None]:
     """An archive's content in a temporary directory, or None if it is bad."""
     with tempfile.TemporaryDirectory(prefix="hub-export-") as folder:
@@ -557,7 +481,7 @@ def _member_problems(path: pathlib.Path) -> Iterator[str]:
 
 
 def _check_archive(
-    findings: _Findings, path: pathlib.Path, description: entry.Entry | None
+    findings: Findings, path: pathlib.Path, description: entry.Entry | None
 ) -> None:
     """Compares an archive's bytes with its entry."""
     size, sha256 = files.measure(path)
@@ -578,7 +502,7 @@ def _check_archive(
 
 
 def _look_into(
-    findings: _Findings,
+    findings: Findings,
     path: pathlib.Path,
     description: entry.Entry | None,
     quick: bool,
@@ -594,7 +518,7 @@ def _look_into(
 
 
 def _archive(path: pathlib.Path, quick: bool) -> Report:
-    findings = _Findings(os.fspath(path))
+    findings = Findings(os.fspath(path), CHECKS)
     description = None
     numbered = path.name.removesuffix(handles.ARCHIVE_SUFFIX)
     for folder in (path.parent, path.parent / numbered):
@@ -608,36 +532,45 @@ def _archive(path: pathlib.Path, quick: bool) -> Report:
     return findings.report()
 
 
-def _read_entry(findings: _Findings, path: pathlib.Path) -> entry.Entry | None:
+def _read_entry(findings: Findings, path: pathlib.Path) -> entry.Entry | None:
     try:
-        return _checked(entry.Entry.parse(path.read_bytes()))
+        return repository_check.checked(entry.Entry.parse(_content(path)))
     except (errors.HandleError, OSError) as error:
         findings.fail("hash", f"{path.name}: {error}")
         return None
 
 
-def _checked(description: entry.Entry) -> entry.Entry:
-    """An entry whose values have the right types.
+def _content(path: pathlib.Path) -> bytes:
+    """What a small file has in it.
 
     Raises:
-      HandleError: they have not.
+      OSError: it is no plain file, is too large, or cannot be read.
     """
-    if problems := mistyped(description):
-        raise errors.HandleError(" ".join(problems))
-    return description
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no regular file")
+    if found.st_size > _MAX_TEXT:
+        raise OSError(f"{found.st_size} bytes; the limit is {_MAX_TEXT}")
+    return path.read_bytes()
 
 
 def _handle(address: str, quick: bool) -> Report:
-    findings = _Findings(cached_download.shown(address))
+    findings = Findings(cached_download.shown(address), CHECKS)
     with tempfile.TemporaryDirectory(prefix="hub-export-") as folder:
         path = cached_download.cached(
-            handles.with_query(address), directory=folder, name="model.tar.gz"
+            handles.with_query(address),
+            directory=folder,
+            name="model.tar.gz",
+            setting="TMPDIR",
+            temporary=True,
         )
         description = None
         try:
             found = hub_fetch.description(address)
             if found is not None:
-                description = _checked(entry.Entry.from_dict(found))
+                description = repository_check.checked(
+                    entry.Entry.from_dict(found)
+                )
         except errors.HandleError as error:
             findings.fail("hash", str(error))
         if description is not None:
@@ -656,7 +589,10 @@ def _handle(address: str, quick: bool) -> Report:
 def _published(folder: pathlib.Path, quick: bool) -> list[Report]:
     """Reports of a version's folder, or of all versions in a model's."""
     folder = pathlib.Path(os.path.abspath(folder))
-    if os.path.lexists(_packed(folder)) or folder.name.isdigit():
+    if (
+        os.path.lexists(repository_check.packed_archive(folder))
+        or folder.name.isdigit()
+    ):
         return [_version(folder, quick)]
     versions = [
         path.parent
@@ -678,17 +614,21 @@ def _published(folder: pathlib.Path, quick: bool) -> list[Report]:
 def _version(
     folder: pathlib.Path, quick: bool, target: str | None = None
 ) -> Report:
-    findings = _Findings(target or os.fspath(folder))
+    findings = Findings(target or os.fspath(folder), CHECKS)
     description = _read_entry(findings, folder / handles.ENTRY_FILE)
-    packed = _packed(folder)
+    packed = repository_check.packed_archive(folder)
     model = folder / handles.MODEL_FOLDER
+    unpacked = model.is_dir() and not model.is_symlink()
+    if not os.path.lexists(model):
+        findings.fail("hash", f"{model.name}/ is missing")
+    _check_folder(findings, folder)
     _check_page(findings, folder, description)
     if not packed.is_file():
         findings.fail("hash", f"{packed.name} is missing")
-        if model.is_dir():
+        if unpacked:
             _look(findings, model, description, quick)
         findings.fail_rest("no model")
-    elif not model.is_dir():
+    elif not unpacked:
         _look_into(findings, packed, description, quick)
     else:
         _check_archive(findings, packed, description)
@@ -705,30 +645,67 @@ def _version(
     return findings.report()
 
 
-def _packed(folder: pathlib.Path) -> pathlib.Path:
-    """A version's archive; a site has it under its public name only."""
-    packed = folder / tree.ARCHIVE_FILE
-    if os.path.lexists(packed):
-        return packed
-    return folder.with_name(f"{folder.name}{handles.ARCHIVE_SUFFIX}")
+def _check_folder(findings: Findings, folder: pathlib.Path) -> None:
+    """Checks what there is in a version's folder, and who can read it."""
+    for path, found in _listing(folder).items():
+        if "/" not in path:
+            is_right = _OF_A_VERSION.get(path)
+            if is_right is None:
+                findings.fail("files", f"{path!r} is no part of a version")
+            elif not is_right(found.st_mode):
+                findings.fail(
+                    "files",
+                    f"{path!r} is {repository_check.kind(found.st_mode)}",
+                )
+        if closed := repository_check.why_closed(found.st_mode):
+            findings.fail("files", f"{path!r} {closed}")
 
 
 def _check_page(
-    findings: _Findings, folder: pathlib.Path, description: entry.Entry | None
+    findings: Findings, folder: pathlib.Path, description: entry.Entry | None
 ) -> None:
     """Checks a version's card.md and page."""
-    page = folder / tree.PAGE_FILE
-    if not page.is_file() or not page.stat().st_size:
-        findings.fail("page", f"{page.name} is missing or empty")
     if description is None:
         findings.fail("page", "there is no entry to compare it with")
         return
+    wanted = {file.path: file for file in description.pages}
+    for name in sorted({tree.PAGE_FILE, tree.CARD_FILE} ^ wanted.keys()):
+        findings.fail(
+            "page",
+            f"{clean(name)} is in the entry, and no page of a version"
+            if name in wanted
+            else f"the entry has no hash of {name}",
+        )
+    for name in (tree.PAGE_FILE, tree.CARD_FILE):
+        try:
+            content = _content(folder / name)
+        except FileNotFoundError:
+            findings.fail("page", f"{name} is missing")
+            continue
+        except OSError as error:
+            findings.fail("page", f"{name}: {error}")
+            continue
+        file = wanted.get(name)
+        if file is not None and (
+            len(content) != file.size
+            or hashlib.sha256(content).hexdigest() != file.sha256
+        ):
+            findings.fail("page", f"{name} is not the one that was published")
+        if name == tree.CARD_FILE:
+            _check_words(findings, content, description)
+    findings.note("page", f"{tree.CARD_FILE} follows the format and the entry")
+
+
+def _check_words(
+    findings: Findings, content: bytes, description: entry.Entry
+) -> None:
+    """Checks the text of a card.md."""
     try:
-        text = (folder / tree.CARD_FILE).read_text(encoding="utf-8")
+        text = content.decode()
         documentation_check.check(
             text, documentation.path_of(description.handle)
         )
-    except (errors.HandleError, OSError, ValueError) as error:
+    except (errors.HandleError, ValueError) as error:
         findings.fail("page", f"{tree.CARD_FILE}: {error}")
         return
     # The rest of its words may be those of an earlier release.
@@ -746,14 +723,13 @@ def _check_page(
                 "page",
                 f"{tree.CARD_FILE}: asset-path is another than {ending}",
             )
-    findings.note("page", f"{tree.CARD_FILE} follows the format and the entry")
 
 
 def _repository(root: pathlib.Path, quick: bool) -> list[Report]:
     import tqdm
 
     released = tree.released(root)
-    reports = [_root(root, released)]
+    reports = [repository_check.check(root, released)]
     for handle in tqdm.tqdm(
         released, desc=root.name, unit="version", disable=None
     ):
@@ -761,105 +737,3 @@ def _repository(root: pathlib.Path, quick: bool) -> list[Report]:
         report = _version(folder, quick, os.fspath(folder))
         reports.append(report)
     return reports
-
-
-def _root(root: pathlib.Path, released: list[handles.Handle]) -> Report:
-    """What a repository has beside its models."""
-    findings = _Findings(os.fspath(root), REPOSITORY_CHECKS)
-    entries = _check_entries(findings, root, released)
-    _check_index(findings, root, entries)
-    for handle in released:
-        _check_public_archive(findings, root, handle)
-    findings.note("archives", f"{len(released)} under their public names")
-    left = sorted(path.name for path in root.glob(".staging/*"))
-    if left:
-        findings.note(
-            "staging",
-            f"{len(left)} left by publishers that are at work or were "
-            "stopped; the next one removes what is not needed",
-        )
-    findings.absent("nothing left over", "staging")
-    return findings.report()
-
-
-def _check_entries(
-    findings: _Findings, root: pathlib.Path, released: list[handles.Handle]
-) -> list[entry.Entry]:
-    found = []
-    for handle in released:
-        try:
-            found.append(_checked(tree.read(root, handle)))
-        except (errors.HandleError, OSError) as error:
-            findings.fail("entries", f"{handle}: {error}")
-    for one in newest(found):
-        path = tree.directory(root, one.handle.at(None)) / handles.ENTRY_FILE
-        if not repository.same_file(path, one.to_json().encode()):
-            name = path.relative_to(root)
-            findings.fail("entries", f"{name} is not that of {one.handle}")
-    findings.note("entries", f"{len(found)} of versions, and of the newest")
-    return found
-
-
-def _check_index(
-    findings: _Findings, root: pathlib.Path, entries: list[entry.Entry]
-) -> None:
-    """Compares the index and all derived files with the versions' entries."""
-    try:
-        index = repository.index(root)
-    except errors.ExportError as error:
-        findings.fail("index", str(error))
-        findings.fail("pages", "the index cannot be read")
-        return
-    listed = {}
-    for row in index.entries:
-        try:
-            release = handles.Release.from_json(row)
-        except errors.HandleError as error:
-            findings.fail("index", str(error))
-        else:
-            listed[release.handle] = row
-    there = {one.handle: json.loads(one.to_json()) for one in entries}
-    for handle in sorted({*listed, *there}):
-        if handle not in there:
-            findings.fail("index", f"{handle} is listed and not published")
-        elif handle not in listed:
-            findings.fail("index", f"{handle} is published and not listed")
-        elif listed[handle] != there[handle]:
-            findings.fail("index", f"{handle} has another entry than its own")
-    findings.note("index", f"{len(listed)} versions")
-    try:
-        derived = repository.derived(entries, index.url, index.title)
-    except errors.BitTfError as error:
-        findings.fail("pages", str(error))
-        return
-    names = [path for path in derived if not path.endswith(_INDEXED)]
-    for path in names:
-        if not (root / path).is_file():
-            findings.fail("pages", f"{path} is missing")
-        elif not repository.same_file(root / path, derived[path]):
-            findings.fail(
-                "pages",
-                f"{path} is not what the entries give; hub-export publish "
-                "--refresh makes it anew",
-            )
-    findings.note("pages", f"{len(names)} files as the entries give them")
-
-
-_INDEXED = (handles.INDEX_FILE, handles.ENTRY_FILE)
-
-
-def _check_public_archive(
-    findings: _Findings, root: pathlib.Path, handle: handles.Handle
-) -> None:
-    public = tree.archive(root, handle)
-    packed = _packed(tree.directory(root, handle))
-    name = public.relative_to(root)
-    inside = pathlib.Path(os.path.realpath(root))
-    if not pathlib.Path(os.path.realpath(public)).is_relative_to(inside):
-        findings.fail("archives", f"{name} leads out of the repository")
-    elif not public.is_file() or not packed.is_file():
-        findings.fail("archives", f"{name} leads to no archive")
-    elif not os.path.samefile(public, packed) and not filecmp.cmp(
-        public, packed, shallow=False
-    ):
-        findings.fail("archives", f"{name} is not {handle}/{packed.name}")

@@ -121,8 +121,13 @@ def assert_readable(root):
         for file in described.files:
             path = folder / handles.MODEL_FOLDER / file.path
             assert files.measure(path) == (file.size, file.sha256)
-        assert (folder / tree.PAGE_FILE).stat().st_size
-        assert (folder / tree.CARD_FILE).stat().st_size
+        assert [file.path for file in described.pages] == [
+            tree.CARD_FILE,
+            tree.PAGE_FILE,
+        ]
+        for file in described.pages:
+            path = folder / file.path
+            assert files.measure(path) == (file.size, file.sha256)
     if tree.is_repository(root):
         index = json.loads((root / handles.INDEX_FILE).read_bytes())
         for row in index["entries"]:

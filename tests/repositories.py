@@ -78,6 +78,7 @@ def add_version(
         ),
     )
     rest = pages.version_files(described, None)
+    described = described.with_pages(rest)
     rest[handles.ENTRY_FILE] = described.to_json().encode()
     for name, content in rest.items():
         (staging / name).write_bytes(content)

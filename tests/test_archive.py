@@ -1,8 +1,10 @@
+import gzip
 import hashlib
 import io
 import os
 import shutil
 import tarfile
+import time
 import tracemalloc
 
 import pytest
@@ -97,6 +99,167 @@ def test_a_large_extended_header_is_refused(tmp_path):
         file.addfile(member)
     with pytest.raises(errors.ArchiveError, match="extended header"):
         archive.unpack(path, tmp_path / "out")
+
+
+def pax(path, members):
+    """An archive of (name, extended header's records)."""
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as file:
+        for name, records in members:
+            member = entry(name)
+            member.pax_headers = records
+            file.addfile(member)
+    return path
+
+
+def extended(data, type_=tarfile.XHDTYPE):
+    """A raw extended header."""
+    header = entry("header", type_)
+    header.size = len(data)
+    blocks = -(-len(data) // 512) * 512
+    return header.tobuf(tarfile.USTAR_FORMAT) + data.ljust(blocks, b"\0")
+
+
+def raw(path, *blocks):
+    """An archive of blocks, and one file."""
+    file = entry("file").tobuf(tarfile.USTAR_FORMAT)
+    with gzip.open(path, "wb") as sink:
+        for block in (*blocks, file, bytes(1024)):
+            sink.write(block)
+    return path
+
+
+def gnu_sparse(count):
+    """A member with holes in GNU tar's old format, and a chain of blocks."""
+    row = b"00000000001\0" * 2
+    header = bytearray(
+        entry("s", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT)
+    )
+    header[386:482] = row * 4
+    header[482:483] = b"\1"
+    header[483:495] = b"00000000001\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    block = (row * 21).ljust(512, b"\1")
+    return bytes(header) + block * count
+
+
+def test_extended_headers_are_small_in_all(tmp_path):
+    path = pax(
+        tmp_path / "model.tar.gz",
+        [(f"f{i}", {"comment": "x" * 200_000}) for i in range(100)],
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ArchiveError, match="extended headers"):
+            archive.unpack(path, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    path = raw(tmp_path / "chain.tar.gz", *[extended(b"")] * 20)
+    with pytest.raises(errors.ArchiveError, match="extended headers"):
+        archive.unpack(path, tmp_path / "out")
+    path = pax(
+        tmp_path / "many.tar.gz",
+        [(f"f{i}", {"mtime": "1.5", "comment": "ä"}) for i in range(3000)],
+    )
+    archive.unpack(path, tmp_path / "out")
+    assert len(os.listdir(tmp_path / "out")) == 3000
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        {"GNU.sparse.map": "0,1," * 1000 + "0,1"},
+        {"GNU.sparse.size": "5"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+        None,
+    ],
+)
+def test_files_with_holes_are_refused(tmp_path, records):
+    path = tmp_path / "model.tar.gz"
+    if records is None:
+        raw(path, gnu_sparse(100_000))
+    else:
+        pax(path, [("s", records)])
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ArchiveError, match="with holes"):
+            archive.unpack(path, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"1" * 900_000,
+        b"0 path=x\n",
+        b"99 path=x\n",
+        b"9 path=xy",
+        b"9 pathxy\n",
+        b"9" * 5000 + b" path=x\n",
+        b"11 size=-5\n",
+        b"12 size=abc\n",
+        b"path=x\n",
+    ],
+    ids=lambda data: data[:12],
+)
+def test_damaged_extended_headers(tmp_path, data):
+    path = raw(tmp_path / "model.tar.gz", extended(data))
+    start = time.monotonic()
+    with pytest.raises(errors.ArchiveError, match="not a whole tar archive"):
+        archive.unpack(path, tmp_path / "out")
+    assert time.monotonic() - start < 5
+
+
+def test_a_negative_size_is_refused(tmp_path):
+    header = bytearray(extended(b""))
+    header[124:136] = b"\xff" * 12
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = raw(tmp_path / "model.tar.gz", bytes(header))
+    with pytest.raises(errors.ArchiveError, match="-1 bytes"):
+        archive.unpack(path, tmp_path / "out")
+
+
+def test_extended_names_and_sizes_are_read(tmp_path):
+    name = "variables/" + "n" * 200 + "/größe\udcff"
+    for number, format in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w", format=format) as file:
+            member = entry(name)
+            member.size = 700
+            if format == tarfile.PAX_FORMAT:
+                # Those of all members are passed over.
+                file.fileobj.write(extended(b"10 path=x\n", tarfile.XGLTYPE))
+                file.offset = file.fileobj.tell()
+                member.pax_headers = {"size": "700"}
+            file.addfile(member, io.BytesIO(b"x" * 700))
+            file.addfile(entry("after"))
+        archive.unpack(path, tmp_path / f"out{number}")
+        out = tmp_path / f"out{number}"
+        assert (out / name).read_bytes() == b"x" * 700
+        assert (out / "after").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a\0b", "/".join(["d" * 200] * 30), "/".join("a" * 40), "n" * 256],
+    ids=["NUL", "long", "deep", "long part"],
+)
+def test_impossible_names_are_refused(tmp_path, name):
+    path = pax(tmp_path / "model.tar.gz", [("file", {"path": name})])
+    with pytest.raises(errors.ArchiveError, match="up to 1000 bytes and 32"):
+        archive.unpack(path, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.tar.gz"]
+
+
+def test_what_could_not_be_unpacked_is_not_packed(tmp_path):
+    (tmp_path / "model" / "/".join("a" * 33)).mkdir(parents=True)
+    with pytest.raises(errors.ArchiveError, match="32 parts"):
+        archive.pack(tmp_path / "model", tmp_path / "model.tar.gz")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_wrong_checksum_is_found(tmp_path):

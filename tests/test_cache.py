@@ -431,13 +431,83 @@ def test_sources_of_seeds(root, model, other, tmp_path, web, run, call):
     code, message = seed(f"{version}.tar.gz")
     assert (code, "SHA-256" in message) == (1, True)
     # So is what is broken without an entry.
-    code, message = seed(version / "model")
+    broken = shutil.copytree(version / "model", tmp_path / "broken")
+    code, message = seed(broken)
     assert (code, "changed bytes" in message) == (1, True)
     assert not [e for e in hub_cache.entries(root) if e.exists]
     for pair in ("google/bit/m-r50x1/1", f"{NAME}={tmp_path}/none", "=x"):
         assert call("hub-export", "cache", "seed", pair)[0] == 2
     code, _, err = call("hub-export", "cache", "seed", f"gs://a/b={model}")
     assert (code, "http and https" in err) == (1, True)
+
+
+def test_a_seed_from_a_repositorys_model_is_compared(
+    root, model, tmp_path, run, monkeypatch
+):
+    published = tiny_models.as_published(model, NAME, tmp_path)
+    repository = tmp_path / "repository"
+    published.write(repository)
+    source = shutil.copytree(model, repository / NAME / "model")
+    (tmp_path / "link").symlink_to(source)
+    monkeypatch.chdir(source)
+    sources = (source, f"{source}/", tmp_path / "link", ".")
+    for text in sources:
+        assert run("seed", f"{NAME}={text}")[0] == 0, text
+        shutil.rmtree(root)
+    # Without its entry nobody would see it.
+    (source / "assets" / "more").write_text("x")
+    for text in sources:
+        code, message = run("seed", f"{NAME}={text}")
+        assert (code, "files are those of its entry" in message) == (1, True)
+    assert not [e for e in hub_cache.entries(root) if e.exists]
+
+
+def test_verify_says_what_is_not_compared(
+    root, model, web, packed, tmp_path, run, call, monkeypatch
+):
+    def look(*arguments):
+        code, found = run("verify", *arguments)
+        (row,) = found["entries"]
+        kinds = [problem["kind"] for problem in row["problems"]]
+        return code, row["compared"], kinds
+
+    words = "not compared: no record of the graph and the assets"
+    run("seed", f"{NAME}={model}")
+    run("rm", *(set(os.listdir(root)) & set(KEYS) - {KEYS[0]}))
+    assert look() == (0, "record", [])
+    assert words not in call("hub-export", "cache", "verify")[1]
+    assert run("ls")[1]["entries"][0]["compared"] == ""
+    # As tensorflow_hub itself leaves an entry.
+    entry = hub_cache.entry(root, KEYS[0])
+    entry.record.unlink()
+    assert look() == (0, "checksums", [])
+    assert words in call("hub-export", "cache", "verify")[1]
+    graph = entry.path / "saved_model.pb"
+    data = graph.read_bytes()
+    asset = next((entry.path / "assets").iterdir())
+    asset.write_bytes(bytes(asset.stat().st_size))
+    assert look() == (0, "checksums", [])
+    published = tiny_models.as_published(model, NAME, tmp_path)
+    repository = tmp_path / "repository"
+    published.write(repository)
+    # Mirrors of the web are not asked.
+    monkeypatch.setenv("BIT_TF_HUB_MIRRORS", f"{web.url} {repository}")
+    assert look() == (1, "", ["changed bytes"])
+    assert run("repair", "--offline")[0] == 0
+    assert look() == (0, "record", [])
+    entry.record.unlink()
+    assert look() == (0, "entry", [])
+    assert words not in call("hub-export", "cache", "verify")[1]
+    # The mirror may have another model of that handle.
+    graph.write_bytes(data + b"\x10\x01")
+    assert look()[1:] in (("checksums", []), ("", ["damaged graph"]))
+    graph.write_bytes(data)
+    (entry.path / "assets" / "more").write_text("")
+    assert look() == (0, "checksums", [])
+    assert web.seen == []
+
+
+KEYS = [hub_cache.key(text) for text in handles.spellings(TFHUB)]
 
 
 def test_seed_replaces_only_if_it_is_told_to(root, model, other, run, call):

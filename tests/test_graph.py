@@ -318,6 +318,22 @@ def test_what_a_model_prints_is_not_the_answer(tmp_path, monkeypatch):
     assert found == fresh_process.Outcome({"found": True}, None)
 
 
+def test_a_directory_whose_name_begins_with_a_dash(tmp_path, monkeypatch):
+    (tmp_path / "-model").mkdir()
+    code = (
+        "import sys\n"
+        "from hub_export import fresh_process\n"
+        "def work(directory, answer):\n"
+        "    answer({'directory': directory})\n"
+        "sys.exit(fresh_process.serve(work))\n"
+    )
+    run_module(tmp_path, monkeypatch, code)
+    monkeypatch.chdir(tmp_path)
+    found = fresh_process.call(f"module_of_{tmp_path.name}", "-model")
+    answer = {"directory": str(tmp_path / "-model")}
+    assert found == fresh_process.Outcome(answer, None)
+
+
 def test_errors_of_a_process_are_on_one_line(tmp_path, monkeypatch):
     code = (
         "import sys\n"

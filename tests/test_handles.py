@@ -76,6 +76,12 @@ def test_spellings_are_the_same_from_each_of_them():
         + ("google/bit/m-r50x1/ilsvrc2012_classification/1.tar.gz")
         in found
     )
+    http = KAGGLE.replace("https", "http")
+    plain = TFHUB.replace("https", "http")
+    for text in (KAGGLE, http, TFHUB, plain):
+        assert {text, f"{text}/", f"{text}?tf-hub-format=compressed"} <= {
+            *found
+        }
     assert len(found) == len(set(found)) > 15
     for address in found:
         again = handles.spellings(address)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 
 import file_server
 import numpy as np
@@ -234,7 +235,8 @@ def internet(web, monkeypatch, cache):
     assert handles.kaggle_twin(handles.known(TFHUB))
     hub_cache._known_keys()
     monkeypatch.setattr(handles, "TFHUB", f"{web.url}/tfhub/")
-    monkeypatch.setattr(handles, "_KAGGLE", f"{web.url}/kaggle/models/")
+    bases = (f"{web.url}/kaggle/models/",)
+    monkeypatch.setattr(handles, "_KAGGLE_BASES", bases)
     mirrors = f"{web.url}/first {web.url}/second/,"
     monkeypatch.setenv("BIT_TF_HUB_MIRRORS", mirrors)
     return web
@@ -255,9 +257,8 @@ def test_mirrors_go_first_in_their_order(internet, published, tiny, cache):
         f"/first/{NAME}/entry.json",
         f"/first/{NAME}",
         f"/second/{NAME}/entry.json",
-        f"/second/{NAME}",
+        f"/second/{NAME}.tar.gz",
     ]
-    assert internet.seen[-1].target.endswith("?tf-hub-format=compressed")
     assert integrity.contents(path) == integrity.contents(tiny)
     entry = hub_cache.find(handle, cache)
     assert entry.described == handle
@@ -457,7 +458,7 @@ def test_two_processes_download_once(web, published, cache):
     threading.Timer(1.5, hold.set).start()
     paths = {process.communicate(timeout=60)[0] for process in processes}
     assert paths == {f"{cache / hub_cache.key(f'{web.url}/{NAME}')}\n"}
-    assert asked(web).count(f"/{NAME}") == 1
+    assert asked(web).count(f"/{NAME}.tar.gz") == 1
 
 
 def test_resolve_loads_no_tensorflow(web, published, cache):
@@ -493,6 +494,40 @@ def test_a_download_of_tensorflow_hub_is_awaited(web, tiny, cache, monkeypatch):
     assert hub.resolve(address) == str(entry.path)
     timer.join()
     assert web.seen == []
+
+
+def in_time(function, *args):
+    """What a function returns within seconds."""
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(function(*args)), daemon=True
+    )
+    thread.start()
+    thread.join(10)
+    assert found, "it still waits"
+    return found[0]
+
+
+def test_a_download_that_does_not_go_on_is_not_awaited_for_ever(
+    published, cache, web, monkeypatch
+):
+    published.serve(web)
+    address = f"{web.url}/{NAME}"
+    key = hub_cache.key(address)
+    cache.mkdir()
+    lock = cache / f"{key}.lock"
+    # A lock from a machine whose clock is a year ahead.
+    lock.write_text("elsewhere.1.abc")
+    future = time.time() + 3e7
+    os.utime(lock, (future, future))
+    assert in_time(hub.resolve, address) == str(cache / key)
+    shutil.rmtree(cache)
+    # A clock that stands still.
+    running = hub_cache.Download("elsewhere", "abc", 5.0, 0.0, True)
+    monkeypatch.setattr(hub_cache.Entry, "download", running)
+    monkeypatch.setattr(hub, "_POLL", 0.05)
+    monkeypatch.setattr(hub, "_STUCK", 0.2)
+    assert in_time(hub._awaited, address, cache) is None
 
 
 def test_offline(internet, published, tiny, cache, monkeypatch, tmp_path):
@@ -546,6 +581,133 @@ def test_a_mirror_on_this_disk(published, tiny, cache, monkeypatch, tmp_path):
     assert "mirror " not in str(caught.value)
 
 
+def flip(path):
+    """Changes a byte, but neither the size nor the time."""
+    found = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", [SHARD, "saved_model.pb"])
+def test_a_mirror_on_this_disk_is_read_before_use(
+    published, tiny, cache, monkeypatch, tmp_path, name
+):
+    repository = tmp_path / "repository"
+    published.write(repository)
+    monkeypatch.setenv("BIT_TF_HUB_MIRRORS", str(repository))
+    model = shutil.copytree(tiny, repository / NAME / "model")
+    assert hub.resolve(TFHUB, offline=True) == str(model)
+    data = (model / name).read_bytes()
+    flip(model / name)
+    # It is damaged with its size kept, so its archive is used.
+    path = hub.resolve(TFHUB, offline=True)
+    assert path == str(cache / hub_cache.key(TFHUB))
+    assert integrity.contents(path) == integrity.contents(tiny)
+    shutil.rmtree(cache)
+    (repository / f"{NAME}.tar.gz").unlink()
+    with pytest.raises(errors.HandleError, match=f"is not whole.*{name}"):
+        hub.resolve(TFHUB, offline=True)
+    (model / name).write_bytes(data)
+    assert hub.resolve(TFHUB, offline=True) == str(model)
+    # What is not in the entry may be read instead of what is.
+    (model / "saved_model.pbtxt").write_text("")
+    with pytest.raises(errors.HandleError, match=r"saved_model\.pbtxt"):
+        hub.resolve(TFHUB, offline=True)
+
+
+def test_a_mirror_on_this_disk_is_read_once(tiny, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    expected = integrity.contents(model)
+    read = []
+    real = integrity._differences
+
+    def count(path, expected, thorough):
+        read.append(thorough)
+        return real(path, expected, thorough)
+
+    monkeypatch.setattr(integrity, "_differences", count)
+    for _ in range(3):
+        assert integrity.compared(model, expected) == []
+    assert read.count(True) == 1
+    flip(model / SHARD)
+    for _ in range(2):
+        (problem,) = integrity.compared(model, expected)
+        assert problem.kind == "changed bytes"
+    os.mkfifo(model / "pipe")
+    assert integrity.compared(model, expected)
+    assert integrity.compared(tmp_path / "none", expected)
+
+
+def test_the_paths_of_mirrors(published, tiny, cache, monkeypatch, tmp_path):
+    repository = tmp_path / "one, two"
+    published.write(repository)
+    model = shutil.copytree(tiny, repository / NAME / "model")
+    for text in (str(repository), f" {repository} ", repository.as_uri()):
+        monkeypatch.setenv("BIT_TF_HUB_MIRRORS", text)
+        assert hub.resolve(TFHUB, offline=True) == str(model), text
+    url = f"/none {repository.as_uri().replace(',', '%2C')}"
+    monkeypatch.setenv("BIT_TF_HUB_MIRRORS", url)
+    assert hub.resolve(TFHUB, offline=True) == str(model)
+    for text in ("https://[::1/hub", "file://[::1/hub"):
+        monkeypatch.setenv("BIT_TF_HUB_MIRRORS", text)
+        with pytest.raises(errors.HandleError, match=r"::1/hub"):
+            hub.resolve(TFHUB, offline=True)
+
+
+def test_a_folder_of_plain_files_is_a_mirror(published, tiny, cache, tmp_path):
+    """A bucket: no answer but to the paths of files."""
+    published.write(tmp_path / "bucket")
+    handler = functools.partial(Handler, directory=tmp_path / "bucket")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}/{NAME}"
+        plain = address.removesuffix("/1")
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                mirror = address.removesuffix(f"/{NAME}")
+                patch.setenv("BIT_TF_HUB_MIRRORS", mirror)
+                # The newest version is that of the mirror.
+                for handle in (TFHUB, TFHUB.removesuffix("/1")):
+                    path = hub.resolve(handle)
+                    assert path == str(cache / hub_cache.key(TFHUB))
+                    shutil.rmtree(cache)
+            for handle in (address, f"{address}/", plain, f"{plain}/"):
+                path = hub.resolve(handle)
+                assert integrity.contents(path) == integrity.contents(tiny)
+                shutil.rmtree(cache)
+            # So does what is kept under a handle without a version.
+            path = hub.fetch(plain)
+            assert path == str(cache / hub_cache.key(plain))
+            assert integrity.contents(path) == integrity.contents(tiny)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_host_that_does_not_answer_is_not_waited_for_long(
+    tiny, cache, monkeypatch
+):
+    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        base = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        plain, versioned = f"{base}/a/b", f"{base}/c/d"
+        shutil.copytree(tiny, cache / hub_cache.key(plain))
+        entry = hub_cache.Entry(cache, hub_cache.key(f"{versioned}/3"))
+        shutil.copytree(tiny, entry.path)
+        hub_cache.write_descriptor(entry, f"{versioned}/3")
+        start = time.monotonic()
+        for address, key in (
+            (plain, hub_cache.key(plain)),
+            (f"{plain}/", hub_cache.key(plain)),
+            (versioned, entry.key),
+        ):
+            assert hub.resolve(address) == str(cache / key)
+        assert time.monotonic() - start < 10
+
+
 def test_the_newest_version(web, tiny, published, cache, tmp_path):
     newer = tiny_models.as_published(tiny, f"{NAME[:-1]}12", tmp_path)
     address = f"{web.url}/hub/{NAME.removesuffix('/1')}"
@@ -580,7 +742,7 @@ def test_what_is_secret_in_a_handle_is_not_shown(web, published, cache):
     assert "hidden" not in str(caught.value)
     published.serve(web)
     path = hub.resolve(address)
-    assert "token=hidden&tf-hub-format=compressed" in web.seen[-1].target
+    assert web.seen[-1].target == f"/{NAME}.tar.gz?token=hidden"
     assert "authorization" in web.seen[-1].headers
     for file in pathlib.Path(cache).rglob("*"):
         assert "hidden" not in str(file)
@@ -595,6 +757,57 @@ def test_handles_without_a_host(cache):
     for text in ("google/bit/r50x1/1", "nobody/model/1", "google", ""):
         with pytest.raises(errors.HandleError, match="no such path exists"):
             hub.as_address(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://[::1/google/bit/m-r50x1/1",
+        "https://x.invalid/\udcff/1",
+        "https://user:hidden@x.invalid:port/a/b/1?token=hidden",
+        "http://x.invalid:99999/a/b/1",
+        "gs://[bucket/model",
+        "file://[::1/model",
+    ],
+)
+def test_addresses_that_are_none(cache, text):
+    for find in (hub.resolve, hub.fetch, hub.load):
+        with pytest.raises(errors.HandleError, match="Received") as caught:
+            find(text)
+        assert "hidden" not in str(caught.value)
+        str(caught.value).encode()
+
+
+def test_the_folder_of_a_version_is_its_model(published, tiny, tmp_path):
+    published.write(tmp_path)
+    version = tmp_path / NAME
+    # There is nothing but the entry yet.
+    assert hub.resolve(version) == str(version)
+    shutil.copytree(tiny, version / "model")
+    for text in (version, f"{version}/", version.as_uri()):
+        assert os.path.samefile(hub.resolve(text), version / "model")
+    expected = tiny_models.features(hub.load(tiny))
+    assert np.array_equal(tiny_models.features(hub.load(version)), expected)
+
+
+def test_uncompressed_goes_to_the_cache_and_mirrors_first(
+    published, tiny, cache, tmp_path, monkeypatch
+):
+    import tensorflow_hub
+
+    published.write(tmp_path / "repository")
+    monkeypatch.setattr(tensorflow_hub, "resolve", "gs://x?{}".format)
+    monkeypatch.setenv("TFHUB_MODEL_LOAD_FORMAT", "UNCOMPRESSED")
+    with pytest.raises(errors.HandleError, match="not asked, in offline mode"):
+        hub.resolve(TFHUB, offline=True)
+    monkeypatch.setenv("BIT_TF_HUB_MIRRORS", str(tmp_path / "repository"))
+    path = hub.resolve(TFHUB)
+    assert path == str(cache / hub_cache.key(TFHUB))
+    monkeypatch.delenv("BIT_TF_HUB_MIRRORS")
+    assert hub.resolve(f"{TFHUB}/") == path
+    assert hub.resolve(TFHUB, offline=True) == path
+    other = f"{TFHUB[:-1]}2"
+    assert hub.resolve(other) == f"gs://x?{other}"
 
 
 def test_uncompressed_is_left_to_tensorflow_hub(cache, monkeypatch):

@@ -43,6 +43,8 @@ LAYERS = """
     hub_export/graph hub_export/saved_model hub_export/formats
     hub_export/pages
     hub_export/repository
+    hub_export/report
+    hub_export/repository_check
     hub_export/verification
     hub_export/demo hub_export/cache hub_export/publishing hub_export/site
     hub_export/access_log hub_export/http_conditions hub_export/nginx

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny_models
 
 import bit_tf
 from bit_tf import errors, hub, models
@@ -178,6 +179,7 @@ def test_sequential_without_an_input_takes_the_layers_dtype(toy):
     assert keras.backend.standardize_dtype(expected.dtype) == "float32"
 
 
+@pytest.mark.slow
 def test_gradients_and_training(features_export, small_npz):
     """Every variable is trained, in place, as the Keras model's are."""
     original = bit_tf.load_model(small_npz, head=False)
@@ -282,6 +284,69 @@ def test_freezing_after_construction(toy):
         assert not any(changed(layer.weights, before))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_layers_of_one_object_are_frozen_each_by_itself(loaded_toy, first):
+    layers = {
+        trainable: logits(loaded_toy, trainable=trainable)
+        for trainable in (first, not first)
+    }
+    trained, frozen = layers[True], layers[False]
+    kernel, bias, _ = loaded_toy.variables
+    for _ in range(2):
+        assert [weight.value for weight in trained.trainable_weights] == [
+            kernel,
+            bias,
+        ]
+        assert len(trained.weights) == len(frozen.weights) == 3
+        assert frozen.trainable_weights == [] == frozen.losses
+        assert len(trained.losses) == 2
+        for layer in layers.values():
+            model = compiled(keras.Sequential([images(), layer]))
+            wanted = layer is trained
+            assert len(model.trainable_weights) == 2 * wanted
+            before = arrays(loaded_toy.variables)
+            if wanted:
+                model.train_on_batch(PICTURES, LABELS)
+            else:
+                with pytest.warns(UserWarning, match="any trainable weights"):
+                    model.train_on_batch(PICTURES, LABELS)
+            assert changed(loaded_toy.variables, before) == [wanted] * 3
+        # Another time, with one frozen and the other trained.
+        trained, frozen = frozen, trained
+        frozen.trainable = False
+        trained.trainable = True
+    # In one model, the variable is trained through the trainable layer.
+    inputs = images()
+    model = keras.Model(inputs, trained(inputs) + frozen(inputs))
+    compiled(model, keras.optimizers.SGD(1.0))
+    assert len(model.trainable_weights) == len(model.losses) == 2
+    before = bias.numpy()
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(PICTURES, LABELS, model(PICTURES))
+    gradient = tape.gradient(loss, bias)
+    model.train_on_batch(PICTURES, LABELS)
+    assert np.allclose(bias, before - gradient, atol=1e-5)
+    # A frozen weight stays so when another layer is made.
+    trained.trainable_weights[0].trainable = False
+    logits(loaded_toy, trainable=True)
+    assert len(trained.trainable_weights) == len(trained.losses) == 1
+    # As Keras has it: unfreezing a layer is unfreezing all of it.
+    trained.trainable = False
+    trained.trainable = True
+    assert len(trained.trainable_weights) == 2
+
+
+def test_weights_of_a_frozen_layer_fit_a_trainable_one(toy, tmp_path):
+    frozen = keras.Sequential([images(), logits(toy)])
+    frozen.set_weights([np.ones((3, 4)), np.full(4, 2.0), np.int32(5)])
+    frozen.save_weights(tmp_path / "frozen.weights.h5")
+    trained = keras.Sequential([images(), logits(toy, trainable=True)])
+    trained.load_weights(tmp_path / "frozen.weights.h5")
+    for found, value in zip(trained.weights, frozen.weights, strict=True):
+        assert np.array_equal(found, value)
+        assert found.name == value.name
+
+
 def test_training_mode(toy):
     """Only in training, and only where the layer is trainable."""
     layer = logits(toy)
@@ -325,7 +390,8 @@ def test_functions_say_whether_they_take_training(caplog):
     assert caplog.text.count("has no trainable weights") == 1
 
 
-def test_regularization_losses(small_export):
+@pytest.mark.slow
+def test_regularization_losses_of_an_export(small_export):
     layer = KerasLayer(small_export, trainable=True)
     kernels = [
         weight for weight in layer.weights if weight.name.endswith("kernel")
@@ -366,9 +432,13 @@ def test_regularization_losses_count_once_in_training(toy):
     gradients = tape.gradient(total, layer.trainable_weights)
     assert np.allclose(gradients[0], 2 * kernel)
     assert np.allclose(gradients[1], 4 * bias)
+    # One penalty follows the variable that it is of.
+    layer.trainable_weights[0].trainable = False
+    assert np.isclose(sum(map(float, layer.losses)), 2 * np.sum(bias**2))
 
 
-def test_signatures(small_export, toy):
+@pytest.mark.slow
+def test_signatures_of_an_export(small_export):
     model = hub.load(small_export)
     expected = model.signatures["image_classification"](tf.constant(FLOATS))
     layer = KerasLayer(
@@ -389,6 +459,21 @@ def test_signatures(small_export, toy):
     found = layer(FLOATS.astype(np.float64))
     assert set(found) == set(expected)
     assert np.array_equal(found["logits"], expected["logits"])
+
+
+def test_signatures(toy):
+    expected = hub.load(toy).signatures["serving_default"](tf.constant(FLOATS))
+    layer = KerasLayer(toy, signature="serving_default", output_key="logits")
+    assert np.array_equal(layer(FLOATS, training=True), expected["logits"])
+    assert layer(images("float32")).shape == (None, 4)
+    with pytest.raises(errors.ImageRangeError, match="takes float32"):
+        layer(PICTURES)
+    layer = KerasLayer(
+        toy, signature="serving_default", signature_outputs_as_dict=True
+    )
+    found = layer(FLOATS.astype(np.float64))
+    assert set(found) == set(expected) == {"logits", "means"}
+    assert np.array_equal(found["means"], expected["means"])
 
     inputs = {
         "images": keras.Input((None, None, 3), name="images"),
@@ -420,7 +505,7 @@ def test_signatures_are_not_trained(toy):
         model(FLOATS)
 
 
-def test_output_key_and_arguments(toy, features_export):
+def test_output_key_and_arguments(toy, tmp_path):
     assert set(KerasLayer(toy)(FLOATS)) == {"logits", "means"}
     plain = logits(toy)(FLOATS)
     tripled = logits(toy, arguments={"scale": 3.0})
@@ -429,7 +514,9 @@ def test_output_key_and_arguments(toy, features_export):
     with pytest.raises(errors.UnknownNameError, match="Did you mean 'logits'"):
         KerasLayer(toy, output_key="logit")(FLOATS)
     with pytest.raises(errors.HandleError, match="for models that return"):
-        KerasLayer(features_export, output_key="features")(FLOATS)
+        KerasLayer(tiny_models.save(tmp_path / "tiny"), output_key="features")(
+            FLOATS
+        )
     with pytest.raises(ValueError, match="matching concrete function"):
         logits(toy, arguments={"scale": 4.0})(FLOATS)
 
@@ -731,7 +818,14 @@ def test_errors(toy, tmp_path):
         KerasLayer(Strange())
 
 
-def test_another_backend(toy):
+def test_another_backend(toy, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(errors.BitTfError, match="KERAS_BACKEND=tensorflow"):
+        KerasLayer(toy)
+
+
+@pytest.mark.slow
+def test_another_backend_in_a_fresh_process(toy):
     code = (
         "import sys\n"
         "from bit_tf import errors, keras_layer\n"

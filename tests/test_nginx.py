@@ -54,8 +54,13 @@ def site(folder):
         folder / "the sites" / "secret.txt",
         out / ".secret",
         out / "google" / ".secret.txt",
+        out / FIRST / ".secret",
+        out / FIRST / "model" / ".secret",
+        out / "assets" / ".secret",
+        out / "assets" / ".git" / "1" / "secret",
         folder / "the sites" / "public.tar.gz",
     ):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(CANARY)
     (out / "link.txt").symlink_to("../secret.txt")
     (out / "folder").symlink_to("..")
@@ -184,6 +189,10 @@ def test_types(port, path, type):
         ("/.secret", 404, b"has a version"),
         ("/google/.secret.txt", 404, b"has a version"),
         ("/%2esecret", 404, b"has a version"),
+        (f"/{FIRST}/.secret", 404, b"has a version"),
+        (f"/{FIRST}/model/.secret", 404, b"has a version"),
+        ("/assets/.secret", 404, b"has a version"),
+        ("/assets/.git/1/secret", 404, b"has a version"),
         ("/link.txt", 404, b"has a version"),
         ("/folder/secret.txt", 404, b"has a version"),
         (f"/{MODEL}/8.tar.gz", 404, b"has a version"),

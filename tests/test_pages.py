@@ -257,6 +257,19 @@ def test_facts_of_a_version(entry, parsed):
     assert any(tag.get("id") == "labels" for _, tag in page.tags) == bool(names)
 
 
+def test_the_archive_that_is_checked_is_the_one_that_is_downloaded(parsed):
+    for entry in sample_site.entries():
+        page = parsed[f"{entry.handle}/index.html"]
+        (name,) = {
+            posixpath.basename(tag["href"])
+            for tag in page.all("a")
+            if tag["href"].endswith(".tar.gz")
+        }
+        check = f"echo '{entry.archive.sha256}  {name}' | sha256sum --check"
+        said = f"the link {name} saves, in its folder: {check}"
+        assert " ".join(said.split()) in page.words
+
+
 def test_preset(parsed):
     text = parsed["google/bit/m-r50x1/10/index.html"].words
     assert "resized to 480 × 480 pixels, bilinear, not antialiased" in text

@@ -206,6 +206,12 @@ def test_search_filters_and_order(open_page, site):
     page.get_by_role("button", name="Clear").click()
     page.get_by_label("Order").select_option("-published")
     assert shown(page)[0] == "google/bit/m-r50x1/10"
+    page.get_by_role("button", name="Clear").click()
+    # What a row says in any of its columns is found.
+    page.get_by_label("Search").fill("r101X3 1000 classes")
+    assert shown(page) == ["google/bit/m-r101x3/ilsvrc2012_classification/1"]
+    page.get_by_label("Search").fill("2027-01-02")
+    assert shown(page) == ["google/bit/m-r50x1/10"]
     page.get_by_label("Search").fill("nothing like this")
     assert shown(page) == []
     assert status.inner_text() == "0 of 14 models"

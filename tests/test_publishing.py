@@ -206,6 +206,55 @@ def test_a_saved_model_is_published_as_it_is(published, tmp_path, monkeypatch):
     assert fake.assert_whole(copy) == [CLASSIFIER.at(1), CLASSIFIER.at(2)]
 
 
+def test_a_versions_folder_is_its_saved_model(published, tmp_path):
+    folder = tree.directory(published[0], CLASSIFIER.at(1))
+    for source in (folder, str(folder)):
+        job = publishing._Job.of(source, MODEL, None, None, None, {})
+        assert job.source == folder / handles.MODEL_FOLDER
+    cut = tmp_path / "1"
+    cut.mkdir()
+    (cut / handles.ENTRY_FILE).write_text("{}")
+    with pytest.raises(FileNotFoundError, match="model"):
+        publishing._Job.of(cut, MODEL, None, None, None, {})
+
+
+def test_a_penalty_that_is_not_kept_is_said(
+    published, features_export, tmp_path
+):
+    folder = tree.directory(published[0], CLASSIFIER.at(1))
+    said = []
+    for number, (source, l2) in enumerate(
+        [(folder / "model.tar.gz", 0.0), (folder / "model", 1e-4)]
+    ):
+        notes = publishing._convert(
+            tmp_path / str(number),
+            source=str(source),
+            name=False,
+            head=False,
+            class_labels=None,
+            probabilities=None,
+            l2=l2,
+            numerics=None,
+        )
+        said.append(publishing._NO_PENALTY in notes)
+    assert said == [True, False]
+    assert not publishing._has_penalty(features_export)
+    assert not publishing._has_penalty(tmp_path)
+
+
+@pytest.mark.slow
+def test_weights_changed_in_place_are_published_as_a_checkpoint(
+    small_export, tmp_path
+):
+    """The remedy that a failed comparison names."""
+    source = tmp_path / "source"
+    shutil.copytree(small_export, source)
+    shutil.rmtree(source / "assets.extra")
+    found = publishing.publish(source, tmp_path / "root", fake.CLASSIFIER)
+    assert found.provenance.format == "tf_hub"
+    assert found.graph.outputs == 10
+
+
 @pytest.mark.slow
 def test_the_head_of_a_saved_model_is_dropped(small_export, tmp_path):
     found = publishing.publish(small_export, tmp_path / "root", fake.MODEL)
@@ -244,15 +293,21 @@ def test_a_link_in_a_saved_model(tmp_path):
 
 
 def test_a_model_that_fails_its_check(tmp_path, monkeypatch, faked):
-    check = verification.Check("golden", "failed", "too far")
-    monkeypatch.setattr(
-        verification,
-        "check_model",
-        lambda directory: verification.Report("m", (check,), None),
-    )
-    with pytest.raises(errors.VerificationError, match=r"golden.*too far"):
-        fake.publish(tmp_path)
-    assert tree.released(tmp_path) == []
+    for name in ("golden", "interface"):
+        check = verification.Check(name, "failed", "too far")
+        monkeypatch.setattr(
+            verification,
+            "check_model",
+            lambda directory, check=check: verification.Report(
+                "m", (check,), None
+            ),
+        )
+        with pytest.raises(errors.VerificationError, match="too far") as caught:
+            fake.publish(tmp_path)
+        # What was fine-tuned in place is published as a checkpoint.
+        told = "remove assets.extra/" in str(caught.value)
+        assert told == (name == "golden")
+        assert tree.released(tmp_path) == []
 
 
 def test_a_model_without_golden_values(tmp_path, monkeypatch, faked):
@@ -447,6 +502,13 @@ def test_the_command(call, tmp_path, faked):
     assert "Committing" in err
     code, out, err = call("hub-export", *source, *target, "--json")
     assert handles.Release.parse(out).handle == MODEL.at(2)
+    code, out, err = call("hub-export", *source, *target)
+    # The address that the repository was given before.
+    assert f'hub.load("https://x.org/{fake.MODEL}/3")' in out
+    for text in ("no-such-file", tmp_path, "a\0b"):
+        code, out, err = call("hub-export", *source, *target, "--labels", text)
+        assert (code, out) == (1, "")
+        assert "--labels is auto" in err
     code, out, err = call("hub-export", *source, "--handle", f"{fake.MODEL}/2")
     assert (code, out) == (1, "")
     assert "immutable" in err
@@ -485,6 +547,10 @@ def test_refresh(call, tmp_path, small_npz, faked):
     code, _, err = call("hub-export", *refresh)
     assert (code, root.exists()) == (1, False)
     assert "is refreshed" in err
+    # Of a first publication that was stopped.
+    (root / ".locks").mkdir(parents=True)
+    assert call("hub-export", *refresh, "--title", "Ours")[0] == 0
+    assert repository.index(root).title == "Ours"
     publishing.publish(small_npz, root, fake.MODEL)
     page, index = root / "index.html", root / handles.INDEX_FILE
     before = page.read_bytes(), index.read_bytes()
@@ -586,10 +652,8 @@ def wait(condition, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_fresh_process(tmp_path, small_npz, number):
     root = tmp_path / "root"
     process = start(
@@ -619,7 +683,7 @@ def test_the_fresh_process_ends_with_its_parent(tmp_path, small_npz):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments(tmp_path, small_npz):
+def test_killed_at_twenty_moments(tmp_path, small_npz, features_export):
     """kill -9 of a real publication, anywhere; then another one."""
     start_root = tmp_path / "start"
     command = ["publish", small_npz, "--handle", fake.MODEL, "--repository"]
@@ -647,7 +711,8 @@ def test_killed_at_twenty_moments(tmp_path, small_npz):
             process.wait()
             wait(lambda process=process: not group(process))
         before = fake.assert_readable(root)
-        found = publishing.publish(small_npz, root, fake.MODEL)
+        # As it is, without another conversion.
+        found = publishing.publish(features_export, root, fake.MODEL)
         assert found.handle.version == before[-1].version + 1
         for report in verification.verify(root, quick=True):
             assert report.ok, report.table()

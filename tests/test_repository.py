@@ -245,6 +245,44 @@ def test_a_damaged_index_is_not_guessed(tmp_path, text):
     assert repository.index(tmp_path).url is None
 
 
+def test_a_first_publication_that_fails_keeps_address_and_title(
+    tmp_path, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise errors.VerificationError("as if")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repository, "commit", fail)
+        with pytest.raises(errors.VerificationError):
+            fake.publish(tmp_path, title="Ours", url="https://x.org")
+    assert tree.released(tmp_path) == []
+    assert repository.index(tmp_path).title == "Ours"
+    fake.publish(tmp_path)
+    fake.assert_whole(tmp_path)
+    assert repository.index(tmp_path).url == "https://x.org"
+
+
+def test_address_and_title_are_written_first(tmp_path, monkeypatch):
+    written = []
+    replace = repository.replace_file
+
+    def note(path, content):
+        written.append(path.name)
+        return replace(path, content)
+
+    monkeypatch.setattr(repository, "replace_file", note)
+    fake.publish(tmp_path, title="Ours")
+    assert written[0] == "index.json"
+
+
+def test_an_unfinished_repository(tmp_path):
+    assert not repository.is_unfinished(tmp_path)
+    (tmp_path / ".locks").mkdir()
+    assert repository.is_unfinished(tmp_path)
+    fake.publish(tmp_path)
+    assert not repository.is_unfinished(tmp_path)
+
+
 def test_refresh_writes_what_differs_only(tmp_path):
     fake.publish(tmp_path)
     times = {

@@ -673,6 +673,13 @@ def test_a_directory_that_is_no_repository(tmp_path, call):
         assert "hub-export publish" in stderr
 
 
+def test_an_unfinished_repository(tmp_path, call):
+    (tmp_path / ".locks").mkdir()
+    code, _, stderr = call("hub-export", "serve", tmp_path)
+    assert code == 1
+    assert "Publish again" in stderr
+
+
 @pytest.mark.parametrize(
     "options",
     [["--port", "65536"], ["--port", "x"], ["--grace", "-1"], []],

@@ -295,6 +295,24 @@ def test_raw_is_refused(hub, name):
     assert answer[:12] in (b"HTTP/1.1 400", b"")
 
 
+@pytest.mark.parametrize("size", [16_000, 17_000, 40_000])
+@pytest.mark.parametrize("kind", ["header", "headers", "target", "query"])
+def test_headers_in_one_piece(hub, size, kind):
+    text = b"x" * size
+    data = {
+        "header": request("/healthz", b"A: " + text),
+        "headers": request("/healthz", *[b"A: " + b"x" * 95] * (size // 100)),
+        "target": request(b"/" + text),
+        "query": request(b"/healthz?" + text),
+    }[kind]
+    answer = exchange(hub, data, timeout=HEADER_SECONDS + 1.5)
+    if size > 2**14:
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert b"connection: close" in answer.lower()
+    else:
+        assert answer[:12] in (b"HTTP/1.1 200", b"HTTP/1.1 404")
+
+
 SMUGGLED = b"GET /assets/style.css HTTP/1.1\r\nHost: h\r\n\r\n"
 
 

@@ -1,5 +1,6 @@
 """Copies of a repository for hosts of plain files."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ def test_a_copy_of_real_files(root, tmp_path):
     finally:
         os.umask(before)
     assert assert_site(root, out) == [MODEL.at(1), CLASSIFIER.at(1)]
-    assert result == site.Result((MODEL.at(1), CLASSIFIER.at(1)), (), ())
+    assert result == site.Result((MODEL.at(1), CLASSIFIER.at(1)), (), (), ())
     for path in [out, *out.rglob("*")]:
         if path.is_dir():
             assert stat.S_IMODE(path.stat().st_mode) == 0o755
@@ -167,7 +168,14 @@ def test_a_directory_that_is_no_repository(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["model.tar.gz", "model/saved_model.pb", "entry.json", "card.md"]
+    "path",
+    [
+        "model.tar.gz",
+        "model/saved_model.pb",
+        "entry.json",
+        "card.md",
+        "index.html",
+    ],
 )
 def test_a_damaged_repository(root, tmp_path, path):
     out = tmp_path / "out"
@@ -192,26 +200,138 @@ def test_a_damaged_repository(root, tmp_path, path):
     assert len(assert_site(root, out)) == 2
 
 
-def test_an_archive_that_was_lost(root, tmp_path):
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "linked folder"])
+@pytest.mark.parametrize("path", ["index.html", "model/saved_model.pb"])
+def test_what_is_no_file_of_a_version_is_not_copied(root, tmp_path, kind, path):
+    """Links are not followed, even to the right content; pipes do not hang."""
+    bad = tree.directory(root, CLASSIFIER.at(1)) / path
+    other = tmp_path / "other"
+    if kind == "linked folder":
+        bad.parent.rename(other)
+        bad.parent.symlink_to(other)
+    else:
+        bad.rename(other)
+        if kind == "link":
+            bad.symlink_to(other)
+        elif kind == "pipe":
+            os.mkfifo(bad)
+        else:
+            bad.mkdir()
+    with pytest.raises(errors.ExportError, match="regular files") as caught:
+        site.site(root, tmp_path / "out")
+    name = fake.CLASSIFIER if kind == "linked folder" else str(bad)
+    assert name in str(caught.value)
+    assert tree.released(tmp_path / "out") == [MODEL.at(1)]
+
+
+def test_an_entry_without_hashes_of_its_pages(root, tmp_path):
+    path = tree.directory(root, MODEL.at(1)) / "entry.json"
+    described = tree.read(root, MODEL.at(1))
+    path.write_text(dataclasses.replace(described, pages=()).to_json())
+    with pytest.raises(errors.ExportError, match="hashes of its page"):
+        site.site(root, tmp_path / "out")
+    assert tree.released(tmp_path / "out") == []
+
+
+DAMAGES = {
+    "no archive": lambda folder: folder.with_name("1.tar.gz").unlink(),
+    "a short archive": lambda folder: os.truncate(
+        folder.with_name("1.tar.gz"), 10
+    ),
+    "no page": lambda folder: (folder / "index.html").unlink(),
+    "an empty card": lambda folder: os.truncate(folder / "card.md", 0),
+    "no entry": lambda folder: (folder / "entry.json").unlink(),
+    "no model": lambda folder: shutil.rmtree(folder / "model"),
+    "a short model": lambda folder: os.truncate(
+        folder / "model" / "saved_model.pb", 1
+    ),
+    "one too many": lambda folder: (folder / "model" / "x").write_text("x"),
+    "a folder too many": lambda folder: (folder / "2").mkdir(),
+    "a link": lambda folder: (
+        (folder / "model").rename(folder.parents[4] / "model"),
+        (folder / "model").symlink_to(folder.parents[4] / "model"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_version_that_is_not_whole_is_repaired(root, tmp_path, call, name):
     out = tmp_path / "out"
     site.site(root, out)
-    tree.archive(out, MODEL.at(1)).unlink()
-    result = site.site(root, out)
-    assert MODEL.at(1) in result.kept
+    DAMAGES[name](tree.directory(out, MODEL.at(1)))
+    code, text, err = call("hub-export", "site", root, out)
+    assert code == 0, err
+    assert text == f"{out}: 0 versions copied, 1 kept, 1 repaired\n"
+    assert f"Copying {fake.MODEL}/1 again, of which " in err
     assert_site(root, out)
+    assert site.site(root, out).repaired == ()
+
+
+def test_hidden_names_at_any_depth_are_refused(root, tmp_path):
+    out = tmp_path / "out"
+    site.site(root, out)
+    (out / fake.MODEL / "1" / ".htpasswd").write_text("mine")
+    before = fake.snapshot(out)
+    with pytest.raises(errors.ExportError, match=r"1/\.htpasswd"):
+        site.site(root, out)
+    assert fake.snapshot(out) == before
+
+
+def test_a_hidden_name_of_a_version_is_refused(root, tmp_path):
+    path = tree.directory(root, MODEL.at(1)) / "entry.json"
+    path.write_text(path.read_text().replace("saved_model.pb", ".hidden.pb"))
+    with pytest.raises(errors.ExportError, match=r"\.hidden\.pb"):
+        site.site(root, tmp_path / "out")
+
+
+def test_an_unfinished_repository(tmp_path):
+    (tmp_path / "root" / ".locks").mkdir(parents=True)
+    with pytest.raises(errors.ExportError, match="Publish again"):
+        site.site(tmp_path / "root", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_system_are_a_sites(root, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(site, "_copy", fail)
+    with pytest.raises(errors.ExportError, match="No space") as caught:
+        site.site(root, tmp_path / "out")
+    assert str(caught.value).startswith("A site is a directory")
+    assert "publish" not in str(caught.value)
 
 
 def test_a_configuration_for_nginx(root, tmp_path, call):
     out, file = tmp_path / "out", tmp_path / "nginx.conf"
-    options = ("--url", "https://y.org/hub", "--nginx", file)
-    code, _, err = call("hub-export", "site", root, out, *options)
+    command = "hub-export", "site", root, out, "--nginx"
+    code, _, err = call(*command, file, "--url", "https://y.org/")
     assert code == 0, err
     text = file.read_text()
     assert str(out) in text
     assert "server_name y.org;" in text
-    code, _, err = call("hub-export", "site", root, out, "--nginx", tmp_path)
+    code, _, err = call(*command, file, "--url", "http://[::1]:8080")
+    assert code == 0, err
+    assert "server_name _;" in file.read_text()
+    code, _, err = call(*command, tmp_path)
     assert code == 1
     assert "directory" in err
+    assert "configuration of nginx" in err
+    assert "publish" not in err
+
+
+def test_nginx_serves_no_address_with_a_path(root, tmp_path, call):
+    out, file = tmp_path / "out", tmp_path / "nginx.conf"
+    command = "hub-export", "site", root, out, "--nginx", file
+    code, text, err = call(*command, "--url", "https://y.org/hub")
+    assert (code, text) == (2, "")
+    assert "https://y.org/hub" in err
+    repository.refresh(root, url="https://x.org/models")
+    code, text, err = call(*command)
+    assert (code, text) == (2, "")
+    assert "https://x.org/models" in err
+    assert not out.exists()
+    assert not file.exists()
 
 
 def test_strangers_in_a_version_are_not_copied(root, tmp_path):

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tarfile
+import tempfile
 
 import file_server
 import pytest
@@ -59,16 +60,18 @@ def published(small_export, tmp_path_factory):
         ),
         "2026-11-21T18:00:00Z",
     )
-    describe(root, one)
+    one = describe(root, one)
     return root, one, report
 
 
 def describe(root, one):
     """Writes all that is made from an entry."""
     folder = tree.directory(root, one.handle)
-    (folder / handles.ENTRY_FILE).write_text(one.to_json())
     classes = labels.read_saved_model(folder / handles.MODEL_FOLDER)
-    for name, content in pages.version_files(one, classes).items():
+    written = pages.version_files(one, classes)
+    one = one.with_pages(written)
+    (folder / handles.ENTRY_FILE).write_text(one.to_json())
+    for name, content in written.items():
         (folder / name).write_bytes(content)
     for name, content in repository.derived([one], None, "Models").items():
         path = root / name
@@ -77,6 +80,7 @@ def describe(root, one):
     public = tree.archive(root, one.handle)
     if not os.path.lexists(public):
         public.symlink_to(f"{one.handle.version}/{tree.ARCHIVE_FILE}")
+    return one
 
 
 @pytest.fixture
@@ -267,6 +271,15 @@ def test_damage_is_found_where_it_is(folder, name):
     assert set(wrong) == checks | set(rest), report.table()
     assert not report.ok
     assert "\x1b" not in report.table()
+
+
+def test_links_to_what_never_ends(folder):
+    model = folder / handles.MODEL_FOLDER
+    (model / cards.CARD_FILE).unlink()
+    (model / cards.CARD_FILE).symlink_to("/dev/zero")
+    report = verification.check_model(model)
+    assert "'assets.extra/card.json' is a link" in failed(report)["files"]
+    assert "not read" in failed(report)["operations"]
 
 
 def test_a_socket_is_not_opened(folder):
@@ -528,8 +541,107 @@ def test_an_archive_of_other_files(published, folder):
 def test_a_version_without_an_unpacked_model(folder, examined):
     shutil.rmtree(folder / handles.MODEL_FOLDER)
     (report,) = verification.verify(folder)
-    assert report.ok, report.table()
-    assert set(statuses(report).values()) == {"passed"}
+    assert failed(report) == {"hash": "model/ is missing"}
+    assert len(examined) == 1
+
+
+def test_a_version_whose_model_is_a_link(folder, tmp_path, examined):
+    model = folder / handles.MODEL_FOLDER
+    model.rename(tmp_path / "elsewhere")
+    model.symlink_to(tmp_path / "elsewhere")
+    (report,) = verification.verify(folder)
+    assert failed(report) == {"files": "'model' is a link"}
+    assert str(tmp_path / "elsewhere") not in examined
+
+
+FOLDER_DAMAGE = {
+    "file": (lambda f: (f / "notes.txt").write_text(""), "'notes.txt' is no"),
+    "dot file": (lambda f: (f / ".hidden").write_text(""), "'.hidden' is no"),
+    "version": (
+        lambda f: shutil.copytree(f, f / "2", symlinks=True),
+        "'2' is no part of a version",
+    ),
+    "private folder": (
+        lambda f: os.chmod(f / "model/assets", 0o700),
+        "'model/assets' has the mode 0700",
+    ),
+    "private variables": (
+        lambda f: os.chmod(data(f / "model"), 0o600),
+        "'model/variables/variables.data-00000-of-00001' has the mode 0600",
+    ),
+    "private page": (
+        lambda f: os.chmod(f / tree.PAGE_FILE, 0o640),
+        "'index.html' has the mode 0640",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDER_DAMAGE)
+def test_what_a_versions_folder_must_not_have(root, folder, name):
+    damage, problem = FOLDER_DAMAGE[name]
+    damage(folder)
+    whole, report = verification.verify(root, quick=True)
+    assert whole.ok, whole.table()
+    assert set(failed(report)) == {"files"}
+    assert failed(report)["files"].startswith(problem)
+
+
+def test_a_card_that_leads_to_another_host(folder):
+    path = folder / tree.CARD_FILE
+    path.write_text(path.read_text().replace("//", "//evil.example.org/"))
+    assert "evil" in path.read_text()
+    (report,) = verification.verify(folder, quick=True)
+    assert failed(report) == {
+        "page": "card.md is not the one that was published"
+    }
+
+
+@pytest.mark.parametrize("name", [tree.PAGE_FILE, tree.CARD_FILE])
+@pytest.mark.parametrize("more", ["\n", ""])
+def test_a_page_that_was_changed(folder, name, more):
+    path = folder / name
+    text = path.read_text()
+    assert "A test." in text
+    path.write_text(text.replace("A test.", "A tEst.") + more)
+    (report,) = verification.verify(folder, quick=True)
+    assert f"{name} is not the one" in failed(report)["page"]
+
+
+@pytest.mark.parametrize("name", [tree.PAGE_FILE, tree.CARD_FILE])
+@pytest.mark.parametrize("kind", ["pipe", "link", "endless link", "large"])
+def test_a_page_that_is_no_page(folder, name, kind, tmp_path):
+    path = folder / name
+    if kind == "large":
+        os.truncate(path, 2**40)
+    elif kind == "link":
+        path.rename(tmp_path / name)
+        path.symlink_to(tmp_path / name)
+    else:
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    (report,) = verification.verify(folder, quick=True)
+    why = "the limit" if kind == "large" else "no regular file"
+    assert why in failed(report)["page"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda rows: rows.clear(), "the entry has no hash of card.md"),
+        (
+            lambda rows: rows.append({**rows[0], "path": "other.html"}),
+            "other.html is in the entry, and no page of a version",
+        ),
+    ],
+)
+def test_an_entry_of_other_pages(folder, change, problem):
+    path = folder / handles.ENTRY_FILE
+    found = json.loads(path.read_text())
+    change(found["pages"])
+    path.write_text(json.dumps(found))
+    (report,) = verification.verify(folder, quick=True)
+    assert set(failed(report)) == {"page"}
+    assert problem in failed(report)["page"]
 
 
 def test_a_site_for_static_hosts(root, tmp_path):
@@ -543,18 +655,36 @@ def test_a_site_for_static_hosts(root, tmp_path):
     assert {"hash", "files"} <= failed(report).keys()
 
 
+def republish(folder):
+    """Has the entry tell the hashes of the page and card that are there."""
+    path = folder / handles.ENTRY_FILE
+    one = entry.Entry.parse(path.read_text())
+    names = (tree.PAGE_FILE, tree.CARD_FILE)
+    one = one.with_pages({name: (folder / name).read_bytes() for name in names})
+    path.write_text(one.to_json())
+
+
 def test_a_card_with_an_address(published, folder):
     _, one, _ = published
     text = documentation.model_page(one, "https://models.example.org/hub")
     (folder / tree.CARD_FILE).write_text(text)
+    republish(folder)
     (report,) = verification.verify(folder, quick=True)
     assert report.ok, report.table()
 
 
 def test_a_card_in_the_words_of_another_release(folder):
     replace(folder, "## Overview", "## Overview of it\n\nOther words.")
+    republish(folder)
     (report,) = verification.verify(folder, quick=True)
     assert report.ok, report.table()
+
+
+def test_a_card_that_was_published_with_other_tags(folder):
+    replace(folder, "license: apache-2.0", "license: mit")
+    republish(folder)
+    (report,) = verification.verify(folder, quick=True)
+    assert "the tag license: mit is not" in failed(report)["page"]
 
 
 def index_rows(root, change):
@@ -605,6 +735,41 @@ ROOT_DAMAGE = {
         lambda r: (r / "google/bit/index.html").write_text("other"),
         "pages",
     ),
+    "stray file": (lambda r: (r / "google/a").write_text(""), "tree"),
+    "stray folder": (lambda r: (r / "backup").mkdir(), "tree"),
+    "stray style": (lambda r: (r / "assets/a.css").write_text(""), "tree"),
+    "hidden name": (lambda r: (r / "google/.git").mkdir(), "tree"),
+    "no version": (
+        lambda r: (tree.directory(r, HANDLE.at(2)) / "model").mkdir(
+            parents=True
+        ),
+        "tree",
+    ),
+    "archive of no version": (
+        lambda r: tree.archive(r, HANDLE.at(2)).write_text(""),
+        "tree",
+    ),
+    "link of no version": (
+        lambda r: tree.archive(r, HANDLE.at(2)).symlink_to("1/model.tar.gz"),
+        "tree",
+    ),
+    "front page elsewhere": (
+        lambda r: (
+            (r / "index.html").rename(r.with_name("outside")),
+            (r / "index.html").symlink_to(r.with_name("outside")),
+        ),
+        "tree",
+    ),
+    "version elsewhere": (
+        lambda r: (
+            tree.directory(r, HANDLE).rename(r.with_name("outside")),
+            tree.directory(r, HANDLE).symlink_to(r.with_name("outside")),
+            relink(r, "1/model.tar.gz"),
+        ),
+        "tree archives",
+    ),
+    "private folder": (lambda r: os.chmod(r / "google/bit", 0o700), "tree"),
+    "private page": (lambda r: os.chmod(r / "index.html", 0o600), "tree"),
 }
 
 
@@ -613,8 +778,21 @@ def test_damage_of_a_repository(root, name):
     damage, check = ROOT_DAMAGE[name]
     damage(root)
     whole, report = verification.verify(root, quick=True)
-    assert set(failed(whole)) == {check}, whole.table()
+    assert set(failed(whole)) == {*check.split()}, whole.table()
     assert report.ok
+
+
+def test_what_is_in_the_tree_is_named(root):
+    tree.directory(root, HANDLE.at(2)).mkdir()
+    (root / "backup").mkdir()
+    (root / "backup" / "file").write_text("")
+    os.chmod(root / "assets", 0o700)
+    whole, _ = verification.verify(root, quick=True)
+    assert failed(whole) == {
+        "tree": "'assets' has the mode 0700, which keeps web servers out; "
+        "chmod -R a+rX; 'backup' belongs to no version; remove it; "
+        f"'{HANDLE.at(2)}' is no version: it has no entry.json"
+    }
 
 
 def test_types_in_an_entry(root, folder):
@@ -648,9 +826,11 @@ def test_a_damaged_version_does_not_hide_others(root):
 
 def test_what_publishers_left(root):
     (root / ".staging" / "one").mkdir(parents=True)
+    (root / "google" / f".index.html.{'0' * 16}.tmp").write_text("")
+    tree.archive(root, HANDLE.at(2)).symlink_to("2/model.tar.gz")
     whole, _ = verification.verify(root, quick=True)
-    assert whole.ok
-    assert "1 left by publishers" in details(whole)["staging"]
+    assert whole.ok, whole.table()
+    assert "3 left by publishers" in details(whole)["staging"]
 
 
 # --- archives
@@ -794,14 +974,30 @@ def test_damage_of_an_archive(published, tmp_path, damage, problem):
     assert problem in failed(report)["files"]
 
 
-@pytest.mark.parametrize("target", ["missing", "https:/x", "gs://a/b", ""])
-def test_what_cannot_be_verified(tmp_path, monkeypatch, target):
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("missing", "is not there"),
+        ("https:/x", "is not there"),
+        ("gs://a/b", "is not there"),
+        ("", "is empty"),
+        ("file", "is another file"),
+        ("folder", "is a directory without index.json, entry.json and saved_"),
+    ],
+)
+def test_what_cannot_be_verified(tmp_path, monkeypatch, target, why):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(errors.HandleError, match="is not there"):
-        verification.verify(target or "nothing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(errors.HandleError, match="is another file"):
-        verification.verify("file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "index.html").write_text("")
+    with pytest.raises(errors.HandleError, match=why) as caught:
+        verification.verify(target)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_publisher_is_no_target(root):
+    with pytest.raises(errors.HandleError, match="which is a directory"):
+        verification.verify(root / "google")
 
 
 # --- handles
@@ -862,8 +1058,21 @@ def test_a_handle_that_serves_other_bytes(server, tmp_path):
 
 
 def test_a_handle_that_is_not_there(server):
-    with pytest.raises(errors.DownloadError, match="404"):
+    with pytest.raises(errors.DownloadError, match="404") as caught:
         verification.verify(f"{server.url}/google/bit/other/1")
+    assert "by other means and give its path." in str(caught.value)
+    assert tempfile.gettempdir() not in str(caught.value)
+
+
+def test_a_handle_of_a_host_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with contextlib.closing(socket.socket()) as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/a/b/1"
+        with pytest.raises(errors.DownloadError, match="attempts") as caught:
+            verification.verify(address)
+    assert "by other means and give its path." in str(caught.value)
+    assert tempfile.gettempdir() not in str(caught.value)
 
 
 # --- the command

@@ -48,7 +48,8 @@ def register(subparsers) -> None:
     add("ls", "list the models in the cache", chosen)
     add(
         "verify",
-        "read every file, and compare it with its record or its checksums; "
+        "read every file, and compare it with its record, with the entry in "
+        "a mirror on this disk, or with the checksums of the variables; "
         "exit 1 if anything is broken",
         chosen,
     )
@@ -139,6 +140,8 @@ def _verify(args, root) -> int:
         print(f"{mark} {row.state:11} {row.handle}{_others(count)}")
         for problem in row.problems:
             print(f"    {problem}")
+        if row.compared == "checksums":
+            print("    not compared: no record of the graph and the assets")
     print(f"{root}: {_models(rows)}, {len(wrong)} with problems")
     if wrong:
         print("Repair them with: hub-export cache repair")
@@ -191,8 +194,8 @@ def _seed(args, root) -> int:
     if args.json:
         _print_steps(root, steps)
         return int(not done)
-    for step in steps:
-        print(f"{step.action:9} {step.handle}")
+    for step, count in _alike(steps):
+        print(f"{step.action:9} {step.handle}{_others(count)}")
         if not step.done:
             print(f"    {step.detail}")
     print(f"{root}: set TFHUB_CACHE_DIR to it where the models are used.")
@@ -209,9 +212,9 @@ def _rm(args, root) -> int:
     if args.json:
         _print_steps(root, steps, freed=freed)
         return int(not done)
-    for step in steps:
+    for step, count in _alike(steps):
         detail = "" if step.done else f": {step.detail}"
-        print(f"{step.action} {step.handle}{detail}")
+        print(f"{step.action} {step.handle}{_others(count)}{detail}")
     print(f"{root}: {freed} bytes freed")
     return int(not done)
 
@@ -252,11 +255,31 @@ def _grouped(rows):
     """(row, number of other spellings of the same that look the same)."""
     groups: dict[tuple, list] = {}
     for row in rows:
-        same = row.model, row.state, row.size, row.files, row.problems
+        same = (
+            row.model,
+            row.state,
+            row.size,
+            row.files,
+            row.problems,
+            row.compared,
+        )
         groups.setdefault(same, []).append(row)
     for group in groups.values():
         named = [row for row in group if row.handle == row.model]
         yield (named or group)[0], len(group) - 1
+
+
+def _alike(steps):
+    """(step, number of other spellings for which the same was done)."""
+    from bit_tf import handles
+
+    groups: dict[tuple, list] = {}
+    for step in steps:
+        model = handles.known(step.handle) or step.handle
+        same = (model, step.action, step.done, not step.done and step.detail)
+        groups.setdefault(same, []).append(step)
+    for group in groups.values():
+        yield group[0], len(group) - 1
 
 
 def _others(count: int) -> str:

@@ -42,8 +42,8 @@ def class_labels(text: str):
     """What --labels means: classes, the name of their set, "auto", or None.
 
     Raises:
-      ExportError: it names a file that is not UTF-8 text.
-      OSError: it names a file that cannot be read.
+      ExportError: it names a file that cannot be read, or that is not UTF-8
+        text.
     """
     from bit_tf import labels
 
@@ -56,6 +56,12 @@ def class_labels(text: str):
     except UnicodeDecodeError as error:
         raise errors.ExportError(
             f"--labels names a file of UTF-8 text. Received: {text!r}: {error}"
+        ) from error
+    except (OSError, ValueError) as error:
+        sets = ", ".join(labels.LABEL_SETS)
+        raise errors.ExportError(
+            f"--labels is auto, none, {sets}, or a file that can be read. "
+            f"Received: {errors.brief(text)}: {error}."
         ) from error
     return labels.parse(lines)
 

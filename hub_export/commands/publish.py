@@ -26,8 +26,8 @@ def register(subparsers) -> None:
         nargs="?",
         metavar="SOURCE",
         help="a checkpoint (a path, a published name such as BiT-M-R50x1 or "
-        "google/bit-50, hf://owner/name, or a URL), or a SavedModel's "
-        "directory or .tar.gz",
+        "google/bit-50, hf://owner/name, or a URL), a SavedModel's directory "
+        "or .tar.gz, or a version's folder in a repository",
     )
     parser.add_argument(
         "--repository",
@@ -147,7 +147,10 @@ def run(args) -> int:
         _report(entry)
     print(f"Serve it:  hub-export serve {shlex.quote(args.repository)}")
     if found:
-        base = args.url.rstrip("/") if args.url else "http://127.0.0.1:8080"
+        from hub_export import repository
+
+        url = repository.index(args.repository).url
+        base = url or "http://127.0.0.1:8080"
         print(f'Load it:   hub.load("{base}/{found[-1].handle}")')
     return 0
 
@@ -155,7 +158,10 @@ def run(args) -> int:
 def _refresh(args) -> int:
     from hub_export import repository, tree
 
-    if not tree.is_repository(args.repository):
+    if not (
+        tree.is_repository(args.repository)
+        or repository.is_unfinished(args.repository)
+    ):
         raise errors.ExportError(
             "What is refreshed is a repository that something was published "
             f"in. Received: {args.repository!r}, which has no index.json."

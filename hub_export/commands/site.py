@@ -13,7 +13,9 @@ def register(subparsers) -> None:
         help="copy a repository for static hosts",
         description="Copies a repository of models into a directory of real "
         "files, for nginx, a bucket or any other host of plain files. "
-        "Versions that are there already are kept.",
+        "Versions that are there already are kept if the names and the sizes "
+        "of their files are right, else copied again; `hub-export verify OUT` "
+        "compares all hashes.",
     )
     parser.add_argument("repository", metavar="DIR", help="the repository")
     parser.add_argument(
@@ -28,7 +30,7 @@ def register(subparsers) -> None:
         metavar="FILE",
         type=pathlib.Path,
         help="write a configuration of nginx that serves OUT, for the host of "
-        "--url or else any",
+        "--url or else any; the address must be one without a path",
     )
     parser.set_defaults(run=run)
 
@@ -36,6 +38,23 @@ def register(subparsers) -> None:
 def run(args) -> int:
     from hub_export import repository, site
 
+    text = None
+    if args.nginx:
+        url = args.url
+        if url is None:
+            url = repository.index(args.repository).url
+        else:
+            url = repository.checked_url(url)
+        if url and urllib.parse.urlsplit(url).path:
+            print(
+                "hub-export site: error: --nginx writes a server for the root "
+                f"of a host. Received: the address {url}, which has a path. "
+                "Give --url without one, or leave --nginx out and write a "
+                "location of that path into a configuration of your own.",
+                file=sys.stderr,
+            )
+            return 2
+        text = _configuration(args)
     result = site.site(
         args.repository,
         args.out,
@@ -48,15 +67,27 @@ def run(args) -> int:
             "they were left alone: " + ", ".join(map(str, result.others)),
             file=sys.stderr,
         )
-    if args.nginx:
-        from hub_export import nginx
-
-        host = args.url and urllib.parse.urlsplit(args.url).hostname
-        text = nginx.nginx_configuration(args.out, server_name=host or "_")
-        with repository.writing(args.nginx.parent):
+    if text is not None:
+        with repository.writing(
+            args.nginx,
+            "A configuration of nginx is a file in a directory that can be "
+            "written",
+            f"{args.out} is written; correct --nginx, and run it again",
+        ):
             repository.replace_file(args.nginx, text.encode())
+    repaired = f", {len(result.repaired)} repaired" if result.repaired else ""
     print(
         f"{args.out}: {len(result.copied)} versions copied, "
-        f"{len(result.kept)} kept"
+        f"{len(result.kept)} kept{repaired}"
     )
     return 0
+
+
+def _configuration(args) -> str:
+    from hub_export import nginx
+
+    host = (args.url and urllib.parse.urlsplit(args.url).hostname) or "_"
+    # An address of IPv6 is no name to nginx.
+    return nginx.nginx_configuration(
+        args.out, server_name="_" if ":" in host else host
+    )

@@ -63,7 +63,7 @@ function filterModels(section) {
   const facets = [...form.querySelectorAll("select:not([name=sort])")];
   const rows = [...body.rows].map((element) => ({
     element,
-    text: element.cells[0].textContent.toLowerCase(),
+    text: element.textContent.toLowerCase(),
   }));
   const orders = {
     "": () => 0,
