@@ -17,6 +17,12 @@ DATA = {
     "bit_tf/py.typed",
     "hub_export/data/digits.npz",
     "hub_export/data/digits_heldout.npz",
+    "hub_export/data/nginx.conf.template",
+    "hub_export/data/pages/front.html",
+    "hub_export/data/pages/script.js",
+    "hub_export/data/pages/style.css",
+    "hub_export/data/pages/version.html",
+    "hub_export/data/tfhub_tags.json",
     "hub_export/py.typed",
 }
 
