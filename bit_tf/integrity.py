@@ -370,15 +370,17 @@ def _fields(
       ValueError: it is damaged or cut short.
       IndexError: likewise.
     """
+    from bit_tf.checkpoints import tensor_bundle
+
     while start < end:
-        tag, begin = _varint(data, start)
+        tag, begin = tensor_bundle.varint(data, start)
         kind = tag & 7
         if kind == 0:
-            _, stop = _varint(data, begin)
+            _, stop = tensor_bundle.varint(data, begin)
         elif kind in (1, 5):
             stop = begin + (8 if kind == 1 else 4)
         elif kind == 2:
-            length, begin = _varint(data, begin)
+            length, begin = tensor_bundle.varint(data, begin)
             stop = begin + length
         else:
             raise ValueError(f"no field at byte {start}")
@@ -388,18 +390,6 @@ def _fields(
             )
         yield tag >> 3, begin, stop
         start = stop
-
-
-def _varint(data: bytes | mmap.mmap, position: int) -> tuple[int, int]:
-    number = shift = 0
-    while shift < 70:
-        byte = data[position]
-        position += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, position
-        shift += 7
-    raise ValueError(f"no number at byte {position - 10}")
 
 
 def _bundle(
@@ -451,7 +441,7 @@ def _ends(data: bytes) -> dict[int, int]:
         numbers = {}
         for field, start, _ in _fields(value, 0, len(value)):
             if field in (_NUM_SHARDS, _SHARD_ID, _OFFSET, _SIZE):
-                numbers[field], _ = _varint(value, start)
+                numbers[field], _ = tensor_bundle.varint(value, start)
         if not name:
             shards = numbers.get(_NUM_SHARDS, 0)
             if not 0 < shards < 100_000:

@@ -350,7 +350,7 @@ class _Job:
             source,
             asked,
             None if url is None else repositories.checked_url(url),
-            None if title is None else repositories.checked_title(title),
+            None if title is None else repositories.one_line("A title", title),
             head == "keep",
             chosen,
         )
@@ -430,19 +430,7 @@ def _checked(options: Options) -> Options:
 
 
 def _line(what: str, text: str | None, longest: int = _MAX_LINE) -> str | None:
-    """A text of one line, without space around it."""
-    if text is None:
-        return None
-    if (
-        not isinstance(text, str)
-        or not text.isprintable()
-        or not 0 < len(text.strip()) <= longest
-    ):
-        raise errors.ExportError(
-            f"{what} is one line of 1 to {longest} characters. "
-            f"Received: {errors.brief(text)}."
-        )
-    return text.strip()
+    return None if text is None else repositories.one_line(what, text, longest)
 
 
 def _require_documentable(handle: handles.Handle) -> None:

@@ -25,8 +25,8 @@ from hub_export import entry, tree
 __all__ = [
     "DEFAULT_TITLE",
     "Index",
-    "checked_title",
     "checked_url",
+    "awaits_version",
     "claim",
     "commit",
     "derived",
@@ -36,6 +36,7 @@ __all__ = [
     "is_left_over",
     "is_unfinished",
     "make_folder",
+    "one_line",
     "refresh",
     "remove_left_overs",
     "replace_file",
@@ -205,7 +206,7 @@ def free_version(
         )
     link = tree.archive(root, handle)
     in_way = [tree.directory(root, handle)] + (
-        [] if _awaits(link, handle) else [link]
+        [] if awaits_version(link) else [link]
     )
     for path in filter(os.path.lexists, in_way):
         raise errors.ExportError(
@@ -325,7 +326,7 @@ def index(root: str | os.PathLike[str]) -> Index:
             raise ValueError(f"schema {found['schema']!r}")
         url = found["url"]
         return Index(
-            checked_title(found["title"]),
+            one_line("A title", found["title"]),
             None if url is None else checked_url(url),
             tuple(found["entries"]),
         )
@@ -410,23 +411,27 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def checked_title(title: str) -> str:
-    """The title of a repository's front page.
+def one_line(what: str, text: str, longest: int = _MAX_TITLE) -> str:
+    """A text without space around it.
+
+    Args:
+      what: it is, for messages.
+      text: to be checked.
+      longest: characters that it may have.
 
     Raises:
-      ExportError: it is not one line of text.
+      ExportError: it is not one line of text, or longer.
     """
     if (
-        not isinstance(title, str)
-        or not title.strip()
-        or not title.isprintable()
-        or len(title) > _MAX_TITLE
+        not isinstance(text, str)
+        or not text.isprintable()
+        or not 0 < len(text.strip()) <= longest
     ):
         raise errors.ExportError(
-            f"A title is one line of up to {_MAX_TITLE} characters. "
-            f"Received: {errors.brief(title)}."
+            f"{what} is one line of 1 to {longest} characters. "
+            f"Received: {errors.brief(text)}."
         )
-    return title.strip()
+    return text.strip()
 
 
 def make_folder(path: pathlib.Path) -> None:
@@ -509,7 +514,7 @@ def _refresh(
 ) -> list[entry.Entry]:
     before = index(root)
     url = before.url if url is None else checked_url(url)
-    title = before.title if title is None else checked_title(title)
+    title = before.title if title is None else one_line("A title", title)
     found = entries(root)
     content = derived(found, url, title)
     with writing(root):
@@ -540,7 +545,7 @@ def _remove_rest(
             (root / path).unlink(missing_ok=True)
             _prune(root, (root / path).parent)
     for handle in gone:
-        if _awaits(tree.archive(root, handle), handle):
+        if awaits_version(tree.archive(root, handle)):
             tree.archive(root, handle).unlink()
         _prune(root, tree.directory(root, handle.at(None)))
     remove_left_overs({(root / path).parent for path in content})
@@ -614,11 +619,15 @@ def _target(handle: handles.Handle) -> str:
     return f"{handle.version}/{tree.ARCHIVE_FILE}"
 
 
-def _awaits(link: pathlib.Path, handle: handles.Handle) -> bool:
-    """Whether an archive's link is in place, and its version is not."""
+def awaits_version(link: pathlib.Path) -> bool:
+    """Whether an archive's link is in place, and its version is not.
+
+    So a publisher leaves it that stops between the two.
+    """
+    version = link.name.removesuffix(handles.ARCHIVE_SUFFIX)
     return (
         link.is_symlink()
-        and os.readlink(link) == _target(handle)
+        and os.readlink(link) == f"{version}/{tree.ARCHIVE_FILE}"
         and not link.exists()
     )
 

@@ -90,7 +90,8 @@ def _check_tree(
         if stat.S_ISLNK(mode) and path in archives:
             continue
         if repository.is_left_over(pathlib.PurePath(path).name) or (
-            stat.S_ISLNK(mode) and _awaits(root / path)
+            path.endswith(handles.ARCHIVE_SUFFIX)
+            and repository.awaits_version(root / path)
         ):
             left.append(path)
         elif path not in wanted:
@@ -129,16 +130,6 @@ def _stray(path: str, mode: int) -> str:
     if stat.S_ISDIR(mode) and pathlib.PurePath(path).name.isdigit():
         return f"is no version: it has no {handles.ENTRY_FILE}"
     return "belongs to no version; remove it"
-
-
-def _awaits(link: pathlib.Path) -> bool:
-    """Whether an archive's link is in place, and its version not yet."""
-    version = link.name.removesuffix(handles.ARCHIVE_SUFFIX)
-    return (
-        version.isdigit()
-        and os.readlink(link) == f"{version}/{tree.ARCHIVE_FILE}"
-        and not link.exists()
-    )
 
 
 def _check_entries(

@@ -11,6 +11,7 @@ tensorflow/core/lib/strings/ordered_code.cc.
 
 import functools
 import math
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "rows",
     "text",
     "variables",
+    "varint",
 ]
 
 _MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
@@ -204,7 +206,7 @@ def text(variable: Variable, shown: str) -> bytes:
         )
     data = _bytes(variable, shown).tobytes()
     try:
-        length, start = _varint(data, 0)
+        length, start = varint(data, 0)
     except IndexError:
         length, start = len(data), 0
     checksum, value = data[start : start + 4], data[start + 4 :]
@@ -519,13 +521,13 @@ def rows(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     try:
         position = 0
         for _ in range(2):
-            _, position = _varint(footer, position)
-        start, position = _varint(footer, position)
-        size, position = _varint(footer, position)
+            _, position = varint(footer, position)
+        start, position = varint(footer, position)
+        size, position = varint(footer, position)
         end = 0
         for _, handle in _block(data, start, size):
-            start, position = _varint(handle, 0)
-            size, _ = _varint(handle, position)
+            start, position = varint(handle, 0)
+            size, _ = varint(handle, position)
             if start < end:
                 raise errors.CheckpointFormatError(
                     "blocks follow each other. Received: one at byte "
@@ -561,9 +563,9 @@ def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     block = data[start : max(start, end - 4 - 4 * restarts)]
     position, key = 0, b""
     while position < len(block):
-        shared, position = _varint(block, position)
-        added, position = _varint(block, position)
-        length, position = _varint(block, position)
+        shared, position = varint(block, position)
+        added, position = varint(block, position)
+        length, position = varint(block, position)
         if shared > len(key) or position + added + length > len(block):
             raise IndexError
         key = key[:shared] + block[position : position + added]
@@ -572,8 +574,12 @@ def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         position += length
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A number and the position after it; IndexError if there is none."""
+def varint(data: bytes | mmap.mmap, position: int) -> tuple[int, int]:
+    """(number of variable length, position after it).
+
+    Raises:
+      IndexError: there is none.
+    """
     number = shift = 0
     while shift < 64:
         byte = data[position]
