@@ -62,6 +62,7 @@ def check(backend, small_npz, small_arrays, tmp_path):
             assert helpers.relative_error(found[name], wanted) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_jax(small_npz, small_arrays, tmp_path):
     check("jax", small_npz, small_arrays, tmp_path)
 
@@ -76,6 +77,7 @@ def test_torch(small_npz, small_arrays, tmp_path):
     check("torch", small_npz, small_arrays, tmp_path)
 
 
+@pytest.mark.slow
 def test_saved_models_need_the_tensorflow_backend(small_npz, tmp_path):
     code = (
         "import sys\n"

@@ -187,6 +187,7 @@ def test_convert_of_bad_files(call, tmp_path, content, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_installed_commands_speak_cleanly(features_export, photos):
     """In fresh processes: results on stdout and nothing else anywhere."""
     binaries = os.path.dirname(sys.executable)

@@ -43,6 +43,7 @@ def test_held_out_digits_are_held_out():
     assert np.array_equal(pictures, digits.pictures(data.images[unseen]))
 
 
+@pytest.mark.slow
 def test_training_writes_both_files(tmp_path):
     accuracy = digits.train(tmp_path, epochs=2, seed=1)
     assert accuracy > 0.3

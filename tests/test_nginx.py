@@ -245,6 +245,7 @@ def test_health(port, site):
 
 
 @needs_nginx
+@pytest.mark.slow
 def test_tensorflow_hub(features_export, tmp_path):
     """hub.load and hub.KerasLayer, by a plain handle."""
     import tensorflow as tf

@@ -501,6 +501,7 @@ def arguments(small_export, features_export, photos, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_whole_table(small_bucket, arguments, tmp_path, capsys):
     """Every row, of small stand-ins for what is published."""
     files = ["--output", str(tmp_path / "t.md"), "--json"]

@@ -412,6 +412,7 @@ def test_an_export_killed_midway_leaves_nothing_at_its_path(
     assert golden.check(target)["variables"] == 45
 
 
+@pytest.mark.slow
 def test_two_exports_at_once_cannot_mix(small_npz, tmp_path, monkeypatch):
     target = tmp_path / "out"
     check = golden.check_in_fresh_process
