@@ -278,8 +278,10 @@ def _alike(steps):
         model = handles.known(step.handle) or step.handle
         same = (model, step.action, step.done, not step.done and step.detail)
         groups.setdefault(same, []).append(step)
-    for group in groups.values():
-        yield group[0], len(group) - 1
+    for (model, *_), group in groups.items():
+        usual = f"{handles.TFHUB}{model}"
+        named = [step for step in group if step.handle == usual]
+        yield (named or group)[0], len(group) - 1
 
 
 def _others(count: int) -> str:
