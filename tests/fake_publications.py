@@ -14,9 +14,9 @@ import os
 import pathlib
 import shutil
 import sys
-from unittest import mock
 
 import helpers
+import pytest
 
 from bit_tf import errors, files, handles
 from hub_export import (
@@ -64,15 +64,19 @@ def _check_model(directory, *, description=None, quick=False):
     return verification.Report(str(directory), (check,), found.graph)
 
 
+def patch(monkeypatch):
+    """Publications neither convert nor load anything."""
+    monkeypatch.setattr(publishing, "_make", _make)
+    monkeypatch.setattr(verification, "check_model", _check_model)
+    # A disk's own business, of which these tests have many.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @contextlib.contextmanager
 def faked():
-    """Publications neither convert nor load anything."""
-    with (
-        mock.patch.object(publishing, "_make", _make),
-        mock.patch.object(verification, "check_model", _check_model),
-        # A disk's own business, of which these tests have many.
-        mock.patch.object(os, "fsync", return_value=None),
-    ):
+    """The same, for a while."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch(monkeypatch)
         yield
 
 
@@ -84,11 +88,9 @@ def _repository_files(entries, url=None, title=None):
     )
 
 
-@contextlib.contextmanager
-def plain_pages():
+def patch_pages(monkeypatch):
     """Pages around versions are quick to make, for tests of very many."""
-    with mock.patch.object(pages, "repository_files", _repository_files):
-        yield
+    monkeypatch.setattr(pages, "repository_files", _repository_files)
 
 
 def publish(root, handle=MODEL, **options):
@@ -254,7 +256,9 @@ def race(directory, count):
 
 def main(kind, directory, *arguments):
     kinds = {"crash": crash, "crash_site": crash_site, "race": race}
-    with faked(), plain_pages():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch(monkeypatch)
+        patch_pages(monkeypatch)
         kinds[kind](pathlib.Path(directory), *arguments)
 
 

@@ -43,9 +43,8 @@ NAMES = tuple(labels.Label(f"n{i:08}", f"name {i}") for i in range(10))
 
 
 @pytest.fixture
-def faked():
-    with fake.faked():
-        yield
+def faked(monkeypatch):
+    fake.patch(monkeypatch)
 
 
 @pytest.fixture(scope="module")

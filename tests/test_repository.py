@@ -18,15 +18,13 @@ MODEL = handles.Handle.parse(fake.MODEL)
 
 
 @pytest.fixture(autouse=True)
-def _faked():
-    with fake.faked():
-        yield
+def _faked(monkeypatch):
+    fake.patch(monkeypatch)
 
 
 @pytest.fixture
-def plain_pages():
-    with fake.plain_pages():
-        yield
+def plain_pages(monkeypatch):
+    fake.patch_pages(monkeypatch)
 
 
 def run(*arguments):

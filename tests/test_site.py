@@ -19,15 +19,13 @@ CLASSIFIER = handles.Handle.parse(fake.CLASSIFIER)
 
 
 @pytest.fixture(autouse=True)
-def _faked():
-    with fake.faked():
-        yield
+def _faked(monkeypatch):
+    fake.patch(monkeypatch)
 
 
 @pytest.fixture
-def plain_pages():
-    with fake.plain_pages():
-        yield
+def plain_pages(monkeypatch):
+    fake.patch_pages(monkeypatch)
 
 
 @pytest.fixture
