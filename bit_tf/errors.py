@@ -13,6 +13,8 @@
     ├── HandleError (ValueError)      no model handle, or nothing there
     ├── ArchiveError (ValueError)     an archive that must not be unpacked
     ├── UnknownNameError (ValueError) no such model, labels, preset, endpoint
+    ├── DatasetError (ValueError)     labelled pictures that cannot be used
+    ├── TrainingError (RuntimeError)  fine-tuning cannot go on
     ├── ExportError (RuntimeError)    a SavedModel could not be written
     │   └── VerificationError         written, but it does not give its values
     └── MissingExtraError (ImportError)
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointMismatchError",
+    "DatasetError",
     "DownloadError",
     "ExportError",
     "HandleError",
@@ -41,6 +44,7 @@ __all__ = [
     "ImageRangeError",
     "ImageTooLargeError",
     "MissingExtraError",
+    "TrainingError",
     "UnknownNameError",
     "VerificationError",
     "brief",
@@ -105,6 +109,14 @@ class ArchiveError(BitTfError, ValueError):
 
 class UnknownNameError(BitTfError, ValueError):
     """No model, preset, label set or endpoint has this name."""
+
+
+class DatasetError(BitTfError, ValueError):
+    """A dataset of labelled pictures is malformed, or not what was asked."""
+
+
+class TrainingError(BitTfError, RuntimeError):
+    """Fine-tuning cannot go on: memory, a loss of NaN, a lost worker."""
 
 
 class ExportError(BitTfError, RuntimeError):

@@ -29,8 +29,12 @@ LAYERS = """
     bit_tf/layers
     bit_tf/models
     bit_tf/folded
-    bit_tf/embed bit_tf/classify bit_tf/data
-    bit_tf/finetune bit_tf/evaluate bit_tf/vtab bit_tf/bulk bit_tf/index
+    bit_tf/embed bit_tf/classify
+    bit_tf/metrics bit_tf/charts bit_tf/probe
+    bit_tf/picture_files bit_tf/tfds_source bit_tf/data bit_tf/input_pipeline
+    bit_tf/transfer
+    bit_tf/evaluate bit_tf/training_state bit_tf/distribution bit_tf/finetune
+    bit_tf/vtab bit_tf/bulk bit_tf/index
     bit_tf/commands/*
     bit_tf/__main__
     hub_export/fresh_process hub_export/golden hub_export/card
