@@ -7,11 +7,11 @@ import pathlib
 import re
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 from bit_tf import (
+    addresses,
     archive,
     errors,
     handles,
@@ -20,15 +20,20 @@ from bit_tf import (
     hub_install,
     integrity,
 )
+from bit_tf.addresses import as_address
+from bit_tf.model_hash import content_hash
+from bit_tf.relocation import relocated
 
 __all__ = [
     "KerasLayer",  # noqa: F822
     "as_address",
+    "content_hash",
     "described_files",
     "fetch",
     "freeze",
     "load",
     "picture_function",
+    "relocated",
     "resolve",
 ]
 
@@ -43,7 +48,6 @@ _STUCK = hub_cache.IDLE + 120.0
 # The longest wait for a repository's newest version where the cache has one;
 # seconds.
 _PATIENCE = 5.0
-_KINDS = "A model handle is a directory, a .tar.gz archive or a URL."
 
 
 def resolve(
@@ -76,14 +80,15 @@ def resolve(
     """
     text = os.fsdecode(handle)
     if text.startswith("file://"):
-        text = _local_path(text)
+        text = addresses.local_path(text)
     if os.path.isdir(text):
         return _model_folder(text)
     if os.path.isfile(text):
         if not archive.is_archive(text):
             raise errors.HandleError(
-                f"{_KINDS} Received: the file {text!r}. A checkpoint becomes a "
-                "model directory with: hub-export convert CHECKPOINT DIRECTORY"
+                f"{addresses.KINDS} Received: the file {text!r}. A checkpoint "
+                "becomes a model directory with: hub-export convert CHECKPOINT "
+                "DIRECTORY"
             )
         return _unpacked(text, hub_cache.directory(cache))
     address = as_address(text)
@@ -165,29 +170,6 @@ def fetch(
     ) from last
 
 
-def as_address(text: str) -> str:
-    """The address that somebody meant.
-
-    Args:
-      text: an address, or a handle of `variants` without "https://tfhub.dev/".
-
-    Raises:
-      HandleError: it is none.
-    """
-    if "://" in text:
-        _require_address(text, "A model's address")
-        return text
-    try:
-        handle = handles.Handle.parse(text)
-    except errors.HandleError:
-        handle = None
-    if handle and handles.kaggle_twin(handle.at(handle.version or 1)):
-        return f"{handles.TFHUB}{handle}"
-    raise errors.HandleError(
-        f"{_KINDS} Received: {text!r}, and no such path exists."
-    )
-
-
 def described_files(handle: str) -> dict[str, handles.File]:
     """What a model is made of, as mirrors that are directories tell.
 
@@ -203,29 +185,6 @@ def described_files(handle: str) -> dict[str, handles.File]:
                 published = _released(source)
                 return {file.path: file for file in published.files}
     return {}
-
-
-def _require_address(text: str, what: str) -> None:
-    """
-    Raises:
-      HandleError: it is malformed; nothing secret in it is shown.
-    """
-    try:
-        text.encode()
-        # Its port is read by nobody else before a request is made.
-        _ = urllib.parse.urlsplit(text).port
-    except ValueError:
-        plain = re.sub("//[^/]*@", "//", re.split("[?#]", text)[0])
-        raise errors.HandleError(
-            f"{what} is a URL of the form https://host[:port]/path, in UTF-8. "
-            f"Received: {errors.brief(plain)}. Correct it."
-        ) from None
-
-
-def _local_path(url: str) -> str:
-    """The path that a file:// address means."""
-    _require_address(url, "A file's address")
-    return urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
 
 
 def _model_folder(directory: str) -> str:
@@ -362,14 +321,14 @@ def _sources(address: str) -> Iterator[tuple[str, str | pathlib.Path]]:
     known = handles.known(address)
     for mirror in _mirrors() if known else ():
         if _is_web(mirror):
-            _require_address(mirror, "Each of BIT_TF_HUB_MIRRORS")
+            addresses.require(mirror, "Each of BIT_TF_HUB_MIRRORS")
             parts = urllib.parse.urlsplit(mirror)
             path = f"{parts.path.rstrip('/')}/{known}"
             found = urllib.parse.urlunsplit(parts._replace(path=path))
             yield f"the mirror {hub_cache.shown(found)}", found
             continue
         if mirror.startswith("file://"):
-            mirror = _local_path(mirror)
+            mirror = addresses.local_path(mirror)
         folder = pathlib.Path(os.path.expanduser(mirror), str(known))
         yield f"the mirror {folder}", folder
     yield f"the handle {hub_cache.shown(address)}", address
@@ -471,12 +430,18 @@ def _unpacked(path: str, root: pathlib.Path) -> str:
     return str(entry.path)
 
 
-def load(handle: str | os.PathLike, *, options=None):
+def load(
+    handle: str | os.PathLike,
+    *,
+    options=None,
+    directory: str | None = None,
+):
     """The object that a model's SavedModel restores to.
 
     Args:
       handle: whatever `resolve` takes.
       options: a tf.saved_model.LoadOptions.
+      directory: what `resolve` returned for the handle, if it was asked.
 
     Returns:
       A callable object with `variables`, `trainable_variables`,
@@ -487,7 +452,8 @@ def load(handle: str | os.PathLike, *, options=None):
     """
     import tensorflow as tf
 
-    directory = resolve(handle)
+    if directory is None:
+        directory = resolve(handle)
     try:
         return tf.saved_model.load(directory, options=options)
     except (OSError, ValueError, tf.errors.OpError) as error:

@@ -5,28 +5,23 @@ Keras 2 and cannot be part of a Keras 3 model.
 """
 
 import json
-import os
-import re
 import types
-import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from bit_tf import errors, hub
+from bit_tf import (
+    distributed_call,
+    errors,
+    layer_source,
+    saved_model_variables,
+)
 
 __all__ = ["KerasLayer"]
-
-# The Keras variables of each tf.Variable, by its id and whether they are for
-# training. Layers of one loaded object share them, so that a model of several
-# trains each weight once. Models train what says of itself that it is
-# trainable, whatever its layer says: a frozen layer has variables of its own.
-_WRAPPERS: weakref.WeakValueDictionary[tuple[int, bool], keras.Variable] = (
-    weakref.WeakValueDictionary()
-)
 
 
 @keras.saving.register_keras_serializable(package="bit_tf")
@@ -50,22 +45,34 @@ class KerasLayer(keras.layers.Layer):
 
     The SavedModel's variables are trained in place. `training=True` reaches
     the SavedModel if it takes `training`, the layer is trainable, and the
-    model around it is training. Its `regularization_losses` are among the
-    losses while the layer is trainable. Layers of one loaded object share its
+    model around it is training. Of its `regularization_losses`, those of what
+    is trained are among the losses. Layers of one loaded object share its
     variables, and are trainable or frozen each by itself: a variable is trained
-    in models with a trainable layer of it.
+    in models with a trainable layer of it. After a change of what is trained,
+    a model is compiled again, as Keras has it.
 
-    A model with this layer can be saved as `.keras`, with the weights. To load
-    one, import this class first, so that Keras knows it. As that fetches and
-    runs the SavedModel at the handle that the file names, it takes
-    `keras.saving.load_model(path, safe_mode=False)`.
+    A model with this layer can be saved as `.keras`, with the weights, the
+    handle and the SavedModel's hash. A path among the handles is saved as an
+    absolute one. To load such a file, import this class first, so that Keras
+    knows it. As that fetches and runs the SavedModel at the handle that the
+    file names, it takes `keras.saving.load_model(path, safe_mode=False)`, and
+    `bit_tf.hub.relocated` where the SavedModel has moved. Another SavedModel
+    than the one saved is refused.
+
+    Under tf.distribute, make the layer in the scope of the strategy. State that
+    is not trained, such as moving averages, is each replica's own there; the
+    first one's is saved.
 
     Args:
       handle: whatever `bit_tf.hub.resolve` takes; or an object that
         `bit_tf.hub.load` returned, one of its sub-objects such as `endpoints`,
         or any callable that takes and returns tensors.
       trainable: whether training changes the SavedModel's
-        `trainable_variables`. Not possible through a signature.
+        `trainable_variables`; or a regular expression such as "block4|head",
+        for those of them in whose names it is found. One with a "/" is searched
+        in the names that the SavedModel has ("block4/unit01/a/kernel"), others
+        in those of `weights` ("block4_unit01_a_kernel"). Not possible through
+        a signature.
       arguments: further keyword arguments for every call, as a dict; values
         that JSON can hold, if the layer is to be saved.
       signature: the name of a signature to call instead of `__call__`. One of
@@ -76,25 +83,33 @@ class KerasLayer(keras.layers.Layer):
       output_shape: shape of one example's output, such as [2048], or a nest of
         them like that of the outputs, for SavedModels that do not know it.
       load_options: a tf.saved_model.LoadOptions; not saved with the layer.
+      content_hash: what `bit_tf.hub.content_hash` gives for the SavedModel
+        that must be at the handle; any is taken unless given.
       **kwargs: `name` and `dtype` of keras.layers.Layer.
 
     Raises:
-      HandleError: there is no SavedModel at the handle, it cannot be called,
-        or it cannot be trained and `trainable` is True.
-      UnknownNameError: it has no such signature.
+      HandleError: there is no SavedModel at the handle, or another one than
+        `content_hash` says; it cannot be called; or it cannot be trained and
+        `trainable` is not False.
+      UnknownNameError: it has no such signature, or no trainable variable in
+        whose name `trainable` is found.
+      ValueError: an argument is malformed.
       BitTfError: Keras' backend is not TensorFlow.
     """
+
+    _trainable: bool
 
     def __init__(
         self,
         handle: Any,
-        trainable: bool = False,
+        trainable: bool | str = False,
         arguments: Mapping[str, Any] | None = None,
         signature: str | None = None,
         signature_outputs_as_dict: bool | None = None,
         output_key: str | None = None,
         output_shape: Any = None,
         load_options: tf.saved_model.LoadOptions | None = None,
+        content_hash: str | None = None,
         **kwargs,
     ):
         if keras.backend.backend() != "tensorflow":
@@ -105,10 +120,10 @@ class KerasLayer(keras.layers.Layer):
                 "bit_tf.load_model, which runs on every backend."
             )
         # Keras would cast every float to the dtype of mixed precision.
-        super().__init__(trainable=trainable, autocast=False, **kwargs)
-        self._handle = handle
-        if isinstance(handle, (str, bytes, os.PathLike)):
-            self._handle = os.fsdecode(handle)
+        super().__init__(
+            trainable=_is_trainable(trainable), autocast=False, **kwargs
+        )
+        self._source = layer_source.LayerSource(handle)
         self._arguments = _arguments(arguments)
         self._signature = signature
         self._signature_outputs_as_dict = bool(signature_outputs_as_dict)
@@ -131,10 +146,10 @@ class KerasLayer(keras.layers.Layer):
                 f"output_key={output_key!r}, signature_outputs_as_dict="
                 f"{signature_outputs_as_dict!r}."
             )
-        self._model = _load(self._handle, load_options)
+        self._model = self._source.load(load_options, content_hash)
         self._check_callable()
         self._check_trainable()
-        if trainable and not hasattr(self._model, "trainable_variables"):
+        if self._trainable and not hasattr(self._model, "trainable_variables"):
             raise errors.HandleError(
                 "A model that is trained offers `trainable_variables`, as "
                 f"reusable SavedModels do. Received: {self._shown()}, which "
@@ -149,7 +164,13 @@ class KerasLayer(keras.layers.Layer):
         self.supports_jit = not any(
             "string" in dtypes for dtypes in self._input_dtypes
         )
-        self._wrap_variables()
+        self._variables = saved_model_variables.SavedModelVariables(
+            self._model, self.name, self._shown()
+        )
+        if isinstance(trainable, str):
+            self._variables.choose(trainable)
+        # TensorFlow saves what Keras tracks.
+        self._wrappers = self._variables.training
         self._warned = False
         self.built = True
 
@@ -159,25 +180,57 @@ class KerasLayer(keras.layers.Layer):
         return self._model
 
     @property
+    def handle(self) -> str | None:
+        """The handle as it was given; None for an object."""
+        return self._source.handle
+
+    @property
+    def content_hash(self) -> str | None:
+        """`bit_tf.hub.content_hash` of the SavedModel; None for an object.
+
+        It is made when it is first asked for.
+
+        Raises:
+          HandleError: the SavedModel's files have changed since they were
+            loaded, or cannot be read any more.
+          ArchiveError: there is something in it that is no regular file.
+        """
+        return self._source.content_hash
+
+    @property
     def trainable(self) -> bool:
-        """Whether training changes the model's `trainable_variables`."""
+        """Whether training changes the model's `trainable_variables`.
+
+        Set it to True, False or a regular expression, as in the constructor.
+        An expression stays until there is another: False freezes all
+        variables, and True, set on this layer or on a model around it, has
+        those trained again that it chose. To train all of them after that, set
+        ".*".
+        """
         return self._trainable
 
     @trainable.setter
-    def trainable(self, value: bool) -> None:
+    def trainable(self, value: bool | str) -> None:
+        trainable = _is_trainable(value)
+        if isinstance(value, str):
+            self._variables.choose(value)
         # Layer's would freeze the weights of layers that share them.
-        self._trainable = bool(value)
-        for weight in self.weights[: self._trained_count]:
-            weight.trainable = self._trainable
+        self._trainable = trainable
+        self._variables.set_trainable(trainable)
+
+    @property
+    def trainable_pattern(self) -> str | None:
+        """The regular expression that chooses what is trained, if any."""
+        return self._variables.pattern
 
     @property
     def weights(self) -> list[keras.Variable]:
-        """The model's variables, those that are trained first.
+        """The model's variables, in an order that does not change.
 
-        A variable is listed as another keras.Variable while the layer is
-        trainable than while it is not; both hold the same tf.Variable.
+        A variable is listed as another keras.Variable while the layer trains
+        it than while it does not; both hold the same tf.Variable.
         """
-        return list(self._wrappers if self._trainable else self._frozen())
+        return self._variables.listed(self._trainable)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -196,14 +249,18 @@ class KerasLayer(keras.layers.Layer):
           UnknownNameError: it has no output of the name `output_key`.
           HandleError: the layer is trainable and calls a signature; or the
             inputs or outputs are not the dict that they should be.
+          TrainingError: the layer is trainable and was not made in the scope
+            of the tf.distribute strategy that is in use.
         """
         self._check_trainable()
+        self._check_strategy()
         if self.trainable and not self.trainable_weights and not self._warned:
             self._warned = True
             logging.warning(
                 "%s is trainable, and has no trainable weights.", self.name
             )
-        outputs = self._run(self._cast_inputs(inputs), training)
+        inputs = self._cast_inputs(inputs)
+        outputs = distributed_call.run(lambda: self._run(inputs, training))
         if self._output_key is not None:
             outputs = self._pick(outputs)
         if self._output_shape is not None:
@@ -342,17 +399,13 @@ class KerasLayer(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The arguments of this layer, but for `load_options`.
 
+        `handle` is an address or absolute path. `content_hash` is None, after
+        a warning, where the SavedModel's files cannot be read any more.
+
         Raises:
           BitTfError: it was made from an object instead of a handle, or its
             arguments cannot be written as JSON.
         """
-        if not isinstance(self._handle, str):
-            raise errors.BitTfError(
-                "A layer is saved by its model's handle. Received: a layer "
-                f"{self.name!r} that was made from a loaded object. Make it "
-                "with the handle itself, KerasLayer(handle), or save the "
-                "weights alone, with save_weights."
-            )
         arguments = dict(self._arguments)
         try:
             json.dumps(arguments)
@@ -363,7 +416,8 @@ class KerasLayer(keras.layers.Layer):
             ) from error
         return {
             **super().get_config(),
-            "handle": self._handle,
+            "trainable_pattern": self.trainable_pattern,
+            **self._source.config(f"layer {self.name!r}"),
             "arguments": arguments or None,
             "signature": self._signature,
             "signature_outputs_as_dict": self._signature_outputs_as_dict
@@ -380,7 +434,11 @@ class KerasLayer(keras.layers.Layer):
     def from_config(cls, config: dict[str, Any]) -> "KerasLayer":
         """A layer from its config: the model is fetched from the handle.
 
+        The handle is what `bit_tf.hub.relocated` says.
+
         Raises:
+          HandleError: there is no SavedModel at the handle, or another than
+            the one saved.
           BitTfError: Keras' safe mode is on.
         """
         from keras.src.saving import serialization_lib
@@ -393,10 +451,24 @@ class KerasLayer(keras.layers.Layer):
                 "If you trust the file and the handle, pass safe_mode=False to "
                 "the loading function."
             )
-        return super().from_config(config)
+        config = dict(config)
+        config["handle"] = layer_source.found(
+            config["handle"], config.get("content_hash")
+        )
+        trainable = config.get("trainable", False)
+        pattern = config.pop("trainable_pattern", None)
+        if pattern is not None:
+            config["trainable"] = pattern
+        if isinstance(config.get("dtype"), dict):
+            config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
+        # Layer's would make a TypeError of every error.
+        layer = cls(**config)
+        if pattern is not None:
+            layer.trainable = trainable
+        return layer
 
     def save_own_variables(self, store) -> None:
-        for name, variable in self._named_weights():
+        for name, variable in self._variables.named():
             store[name] = variable.numpy()
 
     def load_own_variables(self, store) -> None:
@@ -405,7 +477,7 @@ class KerasLayer(keras.layers.Layer):
         Raises:
           CheckpointMismatchError: the weights are those of another SavedModel.
         """
-        weights = dict(self._named_weights())
+        weights = dict(self._variables.named())
         expected = {
             name: tuple(variable.shape) for name, variable in weights.items()
         }
@@ -429,18 +501,21 @@ class KerasLayer(keras.layers.Layer):
         for name, variable in weights.items():
             variable.assign(store[name])
 
-    def _named_weights(self) -> Iterator[tuple[str, keras.Variable]]:
-        # Layers that share a variable share its name, which another of
-        # this layer's may have.
-        names: set[str] = set()
-        for variable in self._wrappers:
-            yield _unused(variable.name, names), variable
-
     def _shown(self) -> str:
         """The model, for messages."""
-        if isinstance(self._handle, str):
-            return repr(self._handle)
-        return f"an object of type {type(self._handle).__name__}"
+        return self._source.shown
+
+    def _check_strategy(self) -> None:
+        if not all(
+            distributed_call.is_own(weight.value)
+            for weight in self.trainable_weights
+        ):
+            raise errors.TrainingError(
+                "A trainable layer is made in the scope of the tf.distribute "
+                f"strategy that trains it. Received: {self.name!r}, which was "
+                "made in another or in none. Make the layer, and the model "
+                "around it, in a block `with strategy.scope():`."
+            )
 
     def _check_callable(self) -> None:
         signatures = getattr(self._model, "signatures", {})
@@ -497,67 +572,18 @@ class KerasLayer(keras.layers.Layer):
         firsts = (trace.structured_input_signature[0][:1] for trace in traces)
         return (), tuple(_dtypes(first) for first in firsts if first)
 
-    def _wrap_variables(self) -> None:
-        """Lists the SavedModel's variables as weights of this layer."""
-        training = _unique(getattr(self._model, "trainable_variables", ()))
-        others = _unique(getattr(self._model, "variables", ()))
-        variables = list({**training, **others}.values())
-        with keras.name_scope(self.name):
-            for variable in variables:
-                if not isinstance(variable, tf.Variable):
-                    raise errors.HandleError(
-                        "A reusable SavedModel's `variables` are "
-                        f"tf.Variables. Received: {self._shown()}, with one of "
-                        f"type {type(variable).__name__}."
-                    )
-            wrappers = _wrapped(variables, training)
-            frozen = _wrapped(variables, ())
-        self._wrappers = wrappers
-        # Keras would track a list, and checkpoints have each variable twice.
-        self._frozen = lambda: frozen
-        self._trained_count = len(training)
-        penalties = list(getattr(self._model, "regularization_losses", ()))
-        for penalty in penalties:
-            if not callable(penalty):
-                raise errors.HandleError(
-                    "`regularization_losses` lists functions without "
-                    f"arguments. Received: {self._shown()}, with "
-                    f"{errors.brief(penalty)}."
-                )
-        owners = wrappers[: len(training)]
-        for wrapper, losses in _by_variable(penalties, owners):
-            # Keras asks for the penalty of a variable where it is trained.
-            wrapper.regularizer = _Penalty(losses)
 
-
-class _Penalty(keras.regularizers.Regularizer):
-    """The sum of losses that read the variable by themselves.
-
-    Args:
-      losses: functions without arguments → float32 [].
+def _is_trainable(value: Any) -> bool:
     """
-
-    def __init__(self, losses: list[Callable]):
-        self._losses = losses
-
-    def __call__(self, x):
-        return tf.add_n([loss() for loss in self._losses])
-
-
-def _load(handle: Any, options: tf.saved_model.LoadOptions | None) -> Any:
-    if not isinstance(handle, str):
-        if options is not None:
-            raise ValueError(
-                "load_options is for handles that are loaded. Received: "
-                f"load_options with an object of type {type(handle).__name__}."
-            )
-        if callable(handle) or hasattr(handle, "signatures"):
-            return handle
-        raise errors.HandleError(
-            "A layer is made from a handle, or from an object that was loaded "
-            f"from one. Received: {errors.brief(handle)}."
+    Raises:
+      ValueError: it is neither a truth value nor a pattern.
+    """
+    if not isinstance(value, (bool, int, np.bool_, str, type(None))):
+        raise ValueError(
+            "trainable is True, False or a regular expression such as "
+            f"'block4|head'. Received: {errors.brief(value)}."
         )
-    return hub.load(handle, options=options)
+    return isinstance(value, str) or bool(value)
 
 
 def _arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -632,78 +658,3 @@ def _float_dtype(accepted: list[str], default: str) -> str | None:
     if "float32" in accepted:
         return "float32"
     return next(filter(keras.backend.is_float_dtype, accepted), None)
-
-
-def _unique(variables: Iterable[Any]) -> dict[int, Any]:
-    return {id(variable): variable for variable in variables}
-
-
-def _wrapped(
-    variables: Iterable[tf.Variable], training: Container[int]
-) -> list[keras.Variable]:
-    """The Keras variables of a layer.
-
-    Args:
-      variables: of the SavedModel.
-      training: ids of those that are for training.
-    """
-    names: set[str] = set()
-    return [
-        _wrapper(variable, id(variable) in training, names)
-        for variable in variables
-    ]
-
-
-def _wrapper(
-    variable: tf.Variable, trainable: bool, names: set[str]
-) -> keras.Variable:
-    """The Keras variable that holds this very tf.Variable.
-
-    Args:
-      variable: of the SavedModel.
-      trainable: whether it is for training.
-      names: those that the layer has used; the new one is added.
-    """
-    key = id(variable), trainable
-    wrapper = _WRAPPERS.get(key)
-    if wrapper is None:
-        name = re.sub(r":\d+$", "", variable.name).replace("/", "_")
-        wrapper = keras.Variable(
-            variable,
-            dtype=variable.dtype,
-            trainable=trainable,
-            autocast=False,
-            name=_unused(name, names),
-        )
-        # Before version 3.10, Keras holds a copy.
-        wrapper._value = variable
-        _WRAPPERS[key] = wrapper
-    names.add(wrapper.name)
-    return wrapper
-
-
-def _unused(name: str, names: set[str]) -> str:
-    """The name, numbered if it is among those already used; it is then."""
-    found, count = name, 0
-    while found in names:
-        count += 1
-        found = f"{name}_{count}"
-    names.add(found)
-    return found
-
-
-def _by_variable(
-    penalties: list[Callable], wrappers: list[keras.Variable]
-) -> Iterator[tuple[keras.Variable, list[Callable]]]:
-    """Each penalty with the first variable that it reads, or the very first."""
-    found: dict[int, list[Callable]] = {}
-    indices = {
-        id(wrapper.value): index for index, wrapper in enumerate(wrappers)
-    }
-    for penalty in penalties if wrappers else ():
-        traces = getattr(penalty, "concrete_functions", ())
-        read = [variable for trace in traces for variable in trace.variables]
-        index = next((indices[id(v)] for v in read if id(v) in indices), 0)
-        found.setdefault(index, []).append(penalty)
-    for index, losses in found.items():
-        yield wrappers[index], losses
