@@ -57,6 +57,8 @@ setuptools.setup(
         "absl-py>=2.1",
         "filelock>=3.13",
         "h5py>=3.11",
+        # tensorflow_datasets 4.9 imports it, and does not ask for it.
+        "importlib-resources>=6",
         "jinja2>=3.1.6",
         "keras>=3.8",
         "numpy>=1.26",
