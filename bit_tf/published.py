@@ -15,7 +15,14 @@ from bit_tf import cache_records, cached_download, errors, presets, variants
 if TYPE_CHECKING:
     from bit_tf import checkpoints
 
-__all__ = ["Located", "check", "locate", "open_checkpoint", "shown"]
+__all__ = [
+    "Located",
+    "check",
+    "is_file",
+    "locate",
+    "open_checkpoint",
+    "shown",
+]
 
 _FILES = (".npz", ".h5", ".safetensors", ".keras", ".pdparams", ".bin", ".pth")
 _HF = "hf://"
@@ -262,11 +269,20 @@ def _base(url: str) -> str:
     )
 
 
-def _web(url: str) -> pathlib.Path:
+def is_file(url: str) -> bool:
+    """Whether a web address is a checkpoint's by its suffix, not a handle."""
+    return _file_name(url).lower().endswith(_FILES)
+
+
+def _file_name(url: str) -> str:
     path = re.split("[?#]", url, maxsplit=1)[0]
-    name = urllib.parse.unquote(path.rpartition("/")[2])
-    if not name.lower().endswith(_FILES):
+    return urllib.parse.unquote(path.rpartition("/")[2])
+
+
+def _web(url: str) -> pathlib.Path:
+    if not is_file(url):
         return _hub(url)
+    name = _file_name(url)
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     safe = re.sub(r"[^\w.-]", "_", name)[-150:]
     return cached_download.cached(

@@ -1,6 +1,14 @@
 """The command `bit-tf`: one module a sub-command, each with `register`."""
 
-from bit_tf.commands import classify, embed, inspect, models, program
+from bit_tf.commands import (
+    classify,
+    embed,
+    evaluate,
+    finetune,
+    inspect,
+    models,
+    program,
+)
 
 __all__ = ["main"]
 
@@ -9,6 +17,6 @@ def main() -> None:
     """Runs `bit-tf`."""
     program.run(
         "bit-tf",
-        "Use BiT models: list, inspect, embed, classify.",
-        (models, inspect, embed, classify),
+        "Use BiT models: list, inspect, embed, classify, fine-tune, evaluate.",
+        (models, inspect, embed, classify, finetune, evaluate),
     )
