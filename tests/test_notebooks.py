@@ -18,8 +18,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 # What a cell may import, beside the standard library.
 PACKAGES = {
-    *("bit_tf", "hub_export", "google", "matplotlib", "numpy", "sklearn"),
-    *("tensorflow", "tensorflow_hub"),
+    *("IPython", "bit_tf", "hub_export", "google", "keras", "matplotlib"),
+    *("numpy", "sklearn", "tensorflow", "tensorflow_hub"),
 }
 LONGEST_CELL = 20
 
@@ -27,7 +27,7 @@ each_notebook = pytest.mark.parametrize(
     "path", NOTEBOOKS, ids=lambda path: path.stem
 )
 # Publishing starts a dozen processes, each of which loads TensorFlow.
-SLOW = {"bit_publishing"}
+SLOW = {"bit_finetuning", "bit_publishing"}
 each_run = pytest.mark.parametrize(
     "path",
     [
@@ -135,6 +135,10 @@ def test_runs_offline(path, features_export, monkeypatch, tmp_path):
     python_path = [str(ROOT), os.environ.get("PYTHONPATH")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, python_path)))
     monkeypatch.delenv("MPLBACKEND", raising=False)
+    for name, value in ENVIRONMENTS.get(path.stem, lambda _: {})(
+        tmp_path
+    ).items():
+        monkeypatch.setenv(name, str(value))
 
     notebook = read(path)
     nbclient.NotebookClient(
@@ -212,7 +216,63 @@ def check_bit_publishing(work, outputs, printed, model):
     assert "Server stopped" in printed
 
 
+def finetuning_environment(folder):
+    """Digits: a model that knows them, and a folder of pictures."""
+    from bit_tf import images
+    from hub_export import digits, saved_model
+
+    checkpoint = digits.DATA / digits.CHECKPOINT
+    features = folder / "features"
+    saved_model.convert(str(checkpoint), features, head=False)
+    pictures, labels = digits.held_out()
+    for index, (picture, label) in enumerate(
+        zip(pictures, labels, strict=True)
+    ):
+        split = "train" if index % 2 else "test"
+        place = folder / "digits" / split / digits.NAMES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        images.to_pil(picture).save(place / f"{index}.png")
+    return {
+        "BIT_TF_NOTEBOOK_MODEL": features,
+        "BIT_TF_NOTEBOOK_CHECKPOINT": checkpoint,
+        "BIT_TF_NOTEBOOK_DATASET": f"folder:{folder / 'digits'}",
+    }
+
+
+def check_bit_finetuning(work, outputs, printed, model):
+    assert "BIT_TF_NOTEBOOK_MODEL is set" in printed
+    assert "50 pictures to learn from, 180 to be tested on\n" in printed
+    assert "The rule says 16000 steps of 16 pictures." in printed
+    # 0.3 × 16 / 512, as it is.
+    assert "Peak of the learning rate: 0.009375\n" in printed
+    losses = re.search(r"Loss: (\S+) at first, (\S+) at step 20", printed)
+    assert float(losses[2]) < 0.5 * float(losses[1])
+    accuracies = re.findall(r"Top-1.*: (\S+)%", printed)
+    assert len(accuracies) == 2
+    assert min(map(float, accuracies)) > 60
+    folder = work / "bit_finetuning"
+    assert (folder / "model.keras").is_file()
+    assert (folder / "saved_model" / "saved_model.pb").is_file()
+    index = json.loads((folder / "repository/index.json").read_text("utf-8"))
+    assert [(row["handle"], row["version"]) for row in index["entries"]] == [
+        ("me/flowers/bit_classification", 1)
+    ]
+    rows = (folder / "run" / "history.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 21))
+    figures = [
+        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+        for output in outputs
+        if output.output_type == "display_data" and "image/png" in output.data
+    ]
+    assert len(figures) == 6
+    for figure in figures:
+        assert np.unique(figure.convert("L")).size > 10
+
+
+# What a notebook needs beside a model, and what is checked when it ran.
+ENVIRONMENTS = {"bit_finetuning": finetuning_environment}
 CHECKS = {
+    "bit_finetuning": check_bit_finetuning,
     "bit_embeddings": check_bit_embeddings,
     "bit_publishing": check_bit_publishing,
 }
