@@ -5,14 +5,30 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import bit_tf
 from bit_tf import variants
 from bit_tf.checkpoints.tf_hub import CARD_FILE
 
-__all__ = ["CARD_FILE", "PROVENANCE_FILE", "Card", "Provenance", "read", "save"]
+__all__ = [
+    "CARD_FILE",
+    "PROVENANCE_FILE",
+    "Card",
+    "Parent",
+    "Provenance",
+    "TASKS",
+    "constants",
+    "input_text",
+    "output_text",
+    "read",
+    "save",
+    "versions",
+]
+
+# By whether there is a head.
+TASKS = {False: "image-feature-vector", True: "image-classification"}
 
 PROVENANCE_FILE = pathlib.PurePath("assets.extra", "provenance.json")
 
@@ -23,7 +39,7 @@ class Card:
 
     Attributes:
       architecture: such as "R50x1", or "custom".
-      feature_dim: length of the feature vector.
+      feature_dim: length of the feature vector; 0 if there is none.
       num_classes: outputs of the head; 0 for features.
       params: number of weights.
       task: "image-feature-vector" or "image-classification".
@@ -31,8 +47,9 @@ class Card:
       output: what `__call__` returns.
       probabilities: "softmax", "sigmoid", or None without a head.
       labels: where the class names came from, or None.
-      output_stride: of the last block.
-      numerics: the constants inside (see variants.NUMERICS).
+      output_stride: of the last block, or None if that is not known.
+      numerics: the constants inside (see variants.NUMERICS); {} if they are
+        not known.
       preset: how the weights' publisher prepared pictures (see
         presets.Preset), or None if that is not known.
       citations: papers.
@@ -47,7 +64,7 @@ class Card:
     output: str
     probabilities: str | None
     labels: str | None
-    output_stride: int
+    output_stride: int | None
     numerics: dict
     preset: dict | None = None
     citations: tuple[str, ...] = (variants.BIT,)
@@ -56,6 +73,19 @@ class Card:
     def from_dict(cls, found: Mapping[str, Any]) -> "Card":
         """Reads what `save` wrote; raises TypeError for other keys."""
         return cls(**{**found, "citations": tuple(found.get("citations", ()))})
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """A SavedModel that an exported model was made around.
+
+    Attributes:
+      handle: a URL, the handle it was published under, or its folder's name.
+      sha256: of its content (see hub.content_hash), or None.
+    """
+
+    handle: str
+    sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +103,7 @@ class Provenance:
       extra_arrays: names of arrays in the file that are no part of BiT.
       notes: what its reader found worth saying.
       versions: of the packages that wrote the SavedModel.
+      parents: the SavedModels inside, whose weights may have been trained on.
     """
 
     source: str | None = None
@@ -84,6 +115,7 @@ class Provenance:
     extra_arrays: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    parents: tuple[Parent, ...] = ()
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "Provenance":
@@ -92,7 +124,52 @@ class Provenance:
             name: tuple(found.get(name, ()))
             for name in ("extra_arrays", "notes")
         }
-        return cls(**{**found, **tuples})
+        parents = tuple(Parent(**row) for row in found.get("parents", ()))
+        return cls(**{**found, **tuples, "parents": parents})
+
+
+def constants(numerics: str) -> dict[str, Any]:
+    """A card's `numerics`, by a name in variants.NUMERICS."""
+    row = variants.numerics(numerics)
+    return {
+        "name": row.name,
+        "ws_epsilon": row.ws_epsilon,
+        "gn_epsilon": row.gn_epsilon,
+        "pool_border": str(row.pool_border),
+    }
+
+
+def input_text(shape: Sequence[int | None] = (None, None, None, 3)) -> str:
+    """A card's `input`, for pictures of that shape."""
+    names = ("n", "height", "width", "3")
+    sizes = ", ".join(
+        name if size is None else str(size)
+        for name, size in zip(names, shape, strict=True)
+    )
+    free = " of any size" if shape[1] is None and shape[2] is None else ""
+    return (
+        f"RGB pictures [{sizes}]{free}, float32 in [0, 1] or uint8 in "
+        "[0, 255]; scaled inside"
+    )
+
+
+def output_text(
+    num_classes: int, feature_dim: int, dtypes: Iterable[str] = ("float32",)
+) -> str:
+    """A card's `output`.
+
+    Args:
+      num_classes: 0 for features.
+      feature_dim: length of the feature vector.
+      dtypes: in which the layers compute.
+    """
+    text = (
+        f"logits float32 [n, {num_classes}]"
+        if num_classes
+        else f"features float32 [n, {feature_dim}]"
+    )
+    others = " and ".join(sorted(set(dtypes) - {"float32"}))
+    return f"{text}, computed in {others}" if others else text
 
 
 def versions() -> dict[str, str]:

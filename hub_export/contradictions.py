@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from bit_tf import errors, labels, variants
-from hub_export.card import Card
+from hub_export.card import TASKS, Card
 from hub_export.description import recommended_preset
 from hub_export.entry import Entry, Graph
 
 __all__ = ["contradictions", "mistyped"]
 
-_TASKS = {False: "image-feature-vector", True: "image-classification"}
 _DTYPE = re.compile(r"\b(?:b?float\d+|u?int\d+|complex\d+|bool|string)\b")
 _SHAPE = re.compile(r"\[([\w -]+(?:,[\w -]+)+)\]")
 _CLASSIFICATION = "_classification"
@@ -51,7 +50,13 @@ def _mistyped(entry: Entry) -> Iterator[str]:
     publication, card = entry.publication, entry.card
     provenance, graph = entry.provenance, entry.graph
     optional = type(None)
+    parents = [
+        (f"provenance.parents.{name}", getattr(parent, name), kinds)
+        for parent in provenance.parents
+        for name, kinds in (("handle", (str,)), ("sha256", (str, optional)))
+    ]
     for where, value, kinds in (
+        *parents,
         ("description", publication.description, (str,)),
         ("license", publication.license, (str, optional)),
         ("published", entry.published, (str,)),
@@ -75,7 +80,7 @@ def _mistyped(entry: Entry) -> Iterator[str]:
         ("output", card.output, (str,)),
         ("probabilities", card.probabilities, (str, optional)),
         ("labels", card.labels, (str, optional)),
-        ("output_stride", card.output_stride, (int,)),
+        ("output_stride", card.output_stride, (int, optional)),
         ("numerics", card.numerics, (dict,)),
         ("preset", card.preset, (dict, optional)),
         ("graph.outputs", graph.outputs, (int,)),
@@ -131,10 +136,10 @@ def _of_card(entry: Entry) -> Iterator[str]:
     if card.num_classes < 0:
         yield f"num_classes must be 0 or more. Received: {card.num_classes}."
     head = bool(card.num_classes)
-    if card.task != _TASKS[head]:
+    if card.task != TASKS[head]:
         yield (
             f"The task of a model with num_classes {card.num_classes} is "
-            f"{_TASKS[head]!r}. The card says {card.task!r}."
+            f"{TASKS[head]!r}. The card says {card.task!r}."
         )
     if entry.handle.name.endswith(_CLASSIFICATION) and not head:
         yield (
@@ -159,6 +164,8 @@ def _of_card(entry: Entry) -> Iterator[str]:
             f"{errors.brief(card.architecture)}."
         )
         return
+    if card.output_stride is None:
+        yield f"{row.name} has an output stride. The card says none."
     for what, value, fact in (
         ("feature_dim", card.feature_dim, row.feature_dim),
         ("params", card.params, row.count_params(card.num_classes)),

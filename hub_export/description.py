@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bit_tf import errors, handles, presets
-from hub_export.card import Card
+from hub_export.card import Card, Parent
 from hub_export.entry import Entry
 
 __all__ = [
@@ -211,7 +211,10 @@ def model_facts(entry: Entry) -> list[tuple[str, str]]:
     facts = [
         ("Architecture", card.architecture),
         ("Parameters", f"{card.params:,}"),
-        ("Feature vector", f"{card.feature_dim} numbers"),
+        (
+            "Feature vector",
+            f"{card.feature_dim} numbers" if card.feature_dim else "none",
+        ),
     ]
     if card.num_classes:
         facts += [
@@ -221,9 +224,11 @@ def model_facts(entry: Entry) -> list[tuple[str, str]]:
         ]
     else:
         facts += [("Classes", "none: this model has no head")]
+    if card.output_stride is not None:
+        facts.append(("Output stride", f"{card.output_stride}"))
+    if card.numerics:
+        facts.append(("Numerics", _numerics(card)))
     facts += [
-        ("Output stride", f"{card.output_stride}"),
-        ("Numerics", _numerics(card)),
         ("Variables", f"{graph.variables}"),
         ("Trainable variables", f"{graph.trainable_variables}"),
         ("Regularization losses", f"{graph.regularization_losses}"),
@@ -264,11 +269,18 @@ def provenance_facts(entry: Entry) -> list[tuple[str, str]]:
         ("SHA-256 of the source", found.sha256),
         ("Format", found.format),
         ("Constants of the source", constants),
+        ("Made around", "; ".join(map(_parent, found.parents))),
         ("Arrays left out", ", ".join(found.extra_arrays)),
         ("Notes", " ".join(found.notes)),
         ("Written by", ", ".join(f"{name} {text}" for name, text in versions)),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _parent(parent: Parent) -> str:
+    if parent.sha256 is None:
+        return parent.handle
+    return f"{parent.handle} (SHA-256 of its content {parent.sha256})"
 
 
 def parity_facts(entry: Entry) -> list[tuple[str, str]]:

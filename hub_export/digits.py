@@ -15,7 +15,15 @@ import numpy as np
 
 from bit_tf import errors, images
 
-__all__ = ["CHECKPOINT", "NAMES", "held_out", "pictures", "train"]
+__all__ = [
+    "CHECKPOINT",
+    "NAMES",
+    "SIDE",
+    "fit",
+    "held_out",
+    "pictures",
+    "train",
+]
 
 DATA = importlib.resources.files("hub_export") / "data"
 CHECKPOINT = "digits.npz"
@@ -63,12 +71,36 @@ def train(directory: pathlib.Path, epochs: int, seed: int) -> float:
     data = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     unseen, seen = order[:360], order[360:]
-    keras.utils.set_random_seed(seed)
     x = pictures(data.images)
     y = data.target
+    keras.utils.set_random_seed(seed)
     model = models.create_model("testing", len(NAMES))
+    fit(model, x[seen], y[seen], epochs=epochs, seed=seed)
+    _, accuracy = model.evaluate(x[unseen], y[unseen], verbose=0)
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoints.write(model, directory / CHECKPOINT)
+    np.savez_compressed(
+        directory / HELD_OUT,
+        digits=data.images[unseen].astype(np.uint8),
+        labels=y[unseen].astype(np.uint8),
+    )
+    return accuracy
+
+
+def fit(model, x: np.ndarray, y: np.ndarray, *, epochs: int, seed: int) -> None:
+    """Trains a classifier on shifted digits.
+
+    Args:
+      model: a keras.Model, float32 [n, 32, 32, 3] → logits.
+      x: of `pictures`.
+      y: labels [n].
+      epochs: passes over the digits.
+      seed: of their order and of the shifts.
+    """
+    import keras
+
     batch = 64
-    steps = epochs * (len(seen) // batch)
+    steps = epochs * (len(y) // batch)
     model.compile(
         keras.optimizers.SGD(
             keras.optimizers.schedules.CosineDecay(
@@ -84,7 +116,7 @@ def train(directory: pathlib.Path, epochs: int, seed: int) -> float:
 
     def batches():
         for _ in range(epochs):
-            shuffled = rng.permutation(seen)
+            shuffled = rng.permutation(len(y))
             for start in range(0, len(shuffled) - batch + 1, batch):
                 chosen = shuffled[start : start + batch]
                 shift = rng.integers(-4, 5, 2)
@@ -92,20 +124,11 @@ def train(directory: pathlib.Path, epochs: int, seed: int) -> float:
 
     model.fit(
         batches(),
-        steps_per_epoch=len(seen) // batch,
+        steps_per_epoch=len(y) // batch,
         epochs=epochs,
         shuffle=False,  # batches() does.
         verbose=2,
     )
-    _, accuracy = model.evaluate(x[unseen], y[unseen], verbose=0)
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoints.write(model, directory / CHECKPOINT)
-    np.savez_compressed(
-        directory / HELD_OUT,
-        digits=data.images[unseen].astype(np.uint8),
-        labels=y[unseen].astype(np.uint8),
-    )
-    return accuracy
 
 
 def main(argv=None) -> int:

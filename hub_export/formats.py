@@ -47,7 +47,8 @@ def convert(
       What `sources.describe` reports, and bytes: what was written.
 
     Raises:
-      ExportError: `path` exists, or could not be written.
+      ExportError: `path` exists, or could not be written; or the source is a
+        model around a SavedModel.
       CheckpointError: the source cannot be used.
       VerificationError: a folded model does not give the model's values.
     """
@@ -60,6 +61,14 @@ def convert(
         raise errors.ExportError(
             f"Nothing is written over unless asked. {str(target)!r} exists; "
             "choose another, or pass overwrite=True (--overwrite)."
+        )
+    if sources.around_saved_model(source) is not None:
+        raise errors.ExportError(
+            f"--to {to} writes arrays of a BiT-ResNet. Received: "
+            f"{published.shown(source)!r}, a model around a SavedModel, which "
+            "computes as a program and not by a known architecture. Convert "
+            "it with --to savedmodel; if BiT is inside, that directory can be "
+            f"converted with --to {to}."
         )
     checkpoint = published.open_checkpoint(source)
     sources.require_apart(path, checkpoint.path)

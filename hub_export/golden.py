@@ -25,8 +25,10 @@ __all__ = [
     "compare",
     "main",
     "make",
+    "pictures",
     "read",
     "save",
+    "tolerance",
 ]
 
 FILE = pathlib.PurePath("assets.extra", "golden.npz")
@@ -42,13 +44,13 @@ class Values(NamedTuple):
 
     Attributes:
       images: uint8 [n, h, w, 3].
-      features: float32 [n, d].
+      features: float32 [n, d]; None of a model without a feature vector.
       output: float32 [n, d or classes], of `__call__`.
       tolerance: the relative error that is allowed.
     """
 
     images: np.ndarray
-    features: np.ndarray
+    features: np.ndarray | None
     output: np.ndarray
     tolerance: float
 
@@ -67,20 +69,30 @@ def make(model) -> dict[str, np.ndarray]:
 
     from bit_tf import models
 
-    y, x, c = np.meshgrid(
-        np.arange(64), np.arange(64), np.arange(3), indexing="ij"
-    )
-    pictures = np.stack([x * 3 + y * (c + 1), (x * y) // (8 + c) + 37 * c])
-    pictures = pictures.astype(np.uint8)
-    features = models.endpoints(model, ["pre_logits"])(pictures)["pre_logits"]
+    images = pictures()
+    features = models.endpoints(model, ["pre_logits"])(images)["pre_logits"]
     return {
-        "images": pictures,
+        "images": images,
         "features": np.asarray(ops.cast(features, "float32")),
-        "output": np.asarray(ops.cast(model(pictures), "float32")),
+        "output": np.asarray(ops.cast(model(images), "float32")),
         "tolerance": np.asarray(
-            TOLERANCES[model.get_layer("root_block").compute_dtype]
+            tolerance(model.get_layer("root_block").compute_dtype)
         ),
     }
+
+
+def pictures(height: int = 64, width: int = 64) -> np.ndarray:
+    """The fixed pictures, uint8 [2, height, width, 3]."""
+    y, x, c = np.meshgrid(
+        np.arange(height), np.arange(width), np.arange(3), indexing="ij"
+    )
+    both = np.stack([x * 3 + y * (c + 1), (x * y) // (8 + c) + 37 * c])
+    return both.astype(np.uint8)
+
+
+def tolerance(dtype: str) -> float:
+    """The relative error that is allowed where layers compute in a dtype."""
+    return TOLERANCES.get(dtype, TOLERANCES["float32"])
 
 
 def save(values: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
@@ -107,13 +119,13 @@ def read(directory: str | os.PathLike) -> Values | None:
         with np.load(path, allow_pickle=False) as file:
             values = Values(
                 file["images"],
-                file["features"],
+                file.get("features"),
                 file["output"],
                 float(file["tolerance"]),
             )
-        pictures, *vectors = values[:3]
-        if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,):
-            raise ValueError(f"images {pictures.dtype} {pictures.shape}")
+        shown, *vectors = (array for array in values[:3] if array is not None)
+        if shown.dtype != np.uint8 or shown.shape[3:] != (3,):
+            raise ValueError(f"images {shown.dtype} {shown.shape}")
         if any(a.dtype != np.float32 or a.ndim != 2 for a in vectors):
             raise ValueError("features or output are no float32 [n, d]")
         if not 0 < values.tolerance <= max(TOLERANCES.values()):
@@ -148,24 +160,28 @@ def compare(model: Any, values: Values) -> float:
     """
     import tensorflow as tf
 
-    pictures = values.images
-    floats = tf.constant(images.as_float(pictures))
-    served = getattr(model, "signatures", {}).get("image_feature_vector")
-    if served is None:
+    integers = tf.constant(values.images)
+    floats = tf.constant(images.as_float(values.images))
+    served: Any = getattr(model, "signatures", {}).get("image_feature_vector")
+    if served is None and values.features is not None:
         raise errors.VerificationError(
-            "A SavedModel with golden values has the signature "
+            "A SavedModel with golden features has the signature "
             "image_feature_vector. Received: one without."
         )
-    found = []
-    for name, wanted, ask in (
-        ("uint8 pictures", values.output, lambda: model(tf.constant(pictures))),
+    questions: list[tuple[str, np.ndarray, Any]] = [
+        ("uint8 pictures", values.output, lambda: model(integers)),
         ("float32 pictures", values.output, lambda: model(floats)),
-        (
-            "image_feature_vector",
-            values.features,
-            lambda: served(images=floats)["features"],
-        ),
-    ):
+    ]
+    if values.features is not None:
+        questions.append(
+            (
+                "image_feature_vector",
+                values.features,
+                lambda: served(images=floats)["features"],
+            )
+        )
+    found = []
+    for name, wanted, ask in questions:
         try:
             output = np.asarray(ask())
         except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:

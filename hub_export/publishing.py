@@ -29,6 +29,7 @@ from hub_export import (
     documentation_check,
     entry,
     fresh_process,
+    sources,
     tree,
 )
 from hub_export import repository as repositories
@@ -487,6 +488,9 @@ def _stage(
 
     model = staging / handles.MODEL_FOLDER
     say(f"Making a SavedModel of {job.name} …")
+    around = sources.around_saved_model(job.source)
+    if around is not None:
+        say(f"Note: {around}")
     for note in _make(job, staging):
         say(f"Note: {note}")
     publication = _publication(job, handle, model)
@@ -642,14 +646,17 @@ def _datasets(row: variants.Variant) -> tuple[str, ...]:
 
 def _sentence(said: card.Card, came: card.Provenance) -> str:
     """A description made from the facts."""
-    network = (
-        "a BiT ResNet-v2"
-        if said.architecture == "custom"
-        else f"BiT {said.architecture}"
-    )
+    network = f"BiT {said.architecture}"
+    if said.architecture == "custom":
+        network = "a BiT ResNet-v2"
+        if came.parents and variants.BIT not in said.citations:
+            network = "a network"
     source = came.name or came.source
     named = source is not None and source.isprintable()
     origin = f", converted from {source}" if named else ""
+    handles = [parent.handle for parent in came.parents]
+    if handles and all(handle.isprintable() for handle in handles):
+        origin += f", made around {' and '.join(handles)}"
     text = (
         f"Scores of {said.num_classes} classes for images, from {network}"
         if said.num_classes
@@ -802,9 +809,12 @@ def _convert(
         return []
     from bit_tf.commands import program
 
-    program.expect_tensorflow(source)
-    checkpoint = published.open_checkpoint(weights)
-    if head and not checkpoint.num_classes:
+    if sources.around_saved_model(weights) is not None:
+        num_classes = None
+    else:
+        program.expect_tensorflow(source)
+        num_classes = published.open_checkpoint(weights).num_classes
+    if head and num_classes == 0:
         raise errors.ExportError(
             "A model with a head is published from weights that have one. "
             f"Received: {published.shown(weights)!r}, which has none. Publish "

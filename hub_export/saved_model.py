@@ -1,8 +1,4 @@
-"""Keras model → reusable SavedModel, complete and checked, or nothing.
-
-The interface is TF Hub's "reusable SavedModel": `__call__`, `variables`,
-`trainable_variables`, `regularization_losses`.
-"""
+"""Keras model → reusable SavedModel, complete and checked, or nothing."""
 
 import contextlib
 import dataclasses
@@ -13,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from bit_tf import (
@@ -23,10 +20,11 @@ from bit_tf import (
     models,
     presets,
     published,
+    transfer,
     variants,
 )
-from bit_tf.images import to_unit_range
-from hub_export import card, golden, sources
+from bit_tf.checkpoints import keras_file
+from hub_export import card, golden, reexport, reusable, sources
 
 __all__ = ["convert", "export"]
 
@@ -40,14 +38,10 @@ _OURS = {
     "tfhub_module.pb",
     "variables",
 }
-INPUT = (
-    "RGB pictures [n, height, width, 3] of any size, float32 in [0, 1] or "
-    "uint8 in [0, 255]; scaled inside"
-)
 
 
 def export(
-    model: models.ResNetV2,
+    model: models.ResNetV2 | keras.Model,
     path: str | os.PathLike,
     *,
     class_labels: str | Sequence | None = "auto",
@@ -60,26 +54,40 @@ def export(
 ) -> dict:
     """Writes a reusable SavedModel.
 
-    `__call__(images, training=False)` takes float32 [n, h, w, 3] in [0, 1] or
-    uint8 in [0, 255] and returns logits, or features where the model has no
-    head; `endpoints(images)` returns a dict of every endpoint. Signatures:
-    serving_default → output_1, image_feature_vector → features, and with a
-    head image_classification → logits, probabilities. Variables have the
-    canonical names, and all are trainable, also those of layers frozen in
-    `model`: freezing is the consumer's. Outputs are float32. Nothing appears at
-    `path` before the result was loaded in a fresh process and gave the model's
-    own values.
+    Of a ResNetV2: `__call__(images, training=False)` takes float32
+    [n, h, w, 3] in [0, 1] or uint8 in [0, 255] and returns logits, or features
+    where the model has no head; `endpoints(images)` returns a dict of every
+    endpoint. Signatures: serving_default → output_1, image_feature_vector →
+    features, and with a head image_classification → logits, probabilities.
+    Variables have the canonical names, and all are trainable, also those of
+    layers frozen in `model`: freezing is the consumer's. Outputs are float32.
+    Nothing appears at `path` before the result was loaded in a fresh process
+    and gave the model's own values.
+
+    Of a Keras model that contains a `hub.KerasLayer`, the same: the SavedModel
+    inside goes into the new one with its variables as they are now, its
+    regularization losses, what `training` means to it and, if it has them, its
+    endpoints; the new one records its handle and hash, and needs none of its
+    files. What the model adds is a head, and the output logits, if that has
+    weights; else, and of a SavedModel of features alone, the output is
+    features. image_feature_vector is there if one vector a picture comes from
+    one SavedModel inside.
 
     Args:
-      model: from create_model or load_model, on the TensorFlow backend.
+      model: from create_model or load_model; or a Keras model of pictures
+        [n, h, w, 3] in [0, 1] → [n, d] that contains a `hub.KerasLayer`. On
+        the TensorFlow backend.
       path: the directory to make.
       class_labels: one name a class; or "ilsvrc2012", "imagenet21k"; or "auto",
         the set whose number of classes fits, if any; or None.
       probabilities: "softmax" or "sigmoid"; by default labels.activation.
       l2: factor of the sum of squares of every kernel, offered to those who
-        fine-tune as `regularization_losses`; 0 offers none.
+        fine-tune as `regularization_losses`; 0 adds none. Around a SavedModel
+        kernels are the trainable arrays of two dimensions and more, and there
+        must be no other losses.
       preset: how the weights' publisher prepared pictures, for the record.
-      provenance: what is known of the weights' source.
+      provenance: what is known of the weights' source; parents and notes of
+        SavedModels inside are added.
       overwrite: replace an existing SavedModel or empty directory.
       verify: load back in a fresh process.
 
@@ -87,8 +95,9 @@ def export(
       The verification's report: relative error, counts, signatures.
 
     Raises:
-      ExportError: `path` exists, the backend is not TensorFlow, or the files
-        could not be written.
+      ExportError: `path` exists, the backend is not TensorFlow, the model is
+        of another kind, a SavedModel inside is not at its handle any more, or
+        the files could not be written.
       VerificationError: the files do not give the model's values.
     """
     if keras.backend.backend() != "tensorflow":
@@ -97,39 +106,63 @@ def export(
             f"{keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before "
             "keras is imported, and load the weights there."
         )
-    if not isinstance(model, models.ResNetV2):
-        raise errors.ExportError(
-            "export takes a model of bit_tf.create_model or bit_tf.load_model. "
-            f"Received: {type(model).__name__}."
-        )
-    if isinstance(class_labels, str) and class_labels == "auto":
-        class_labels = labels.of_count(model.num_classes)
-    classes = _labels(class_labels, model.num_classes)
-    if probabilities is None:
-        probabilities = labels.activation(model.num_classes)
-    if probabilities not in ("softmax", "sigmoid"):
-        raise errors.ExportError(
-            "probabilities must be 'softmax' or 'sigmoid'. "
-            f"Received: {probabilities!r}."
-        )
     if not 0 <= l2 < math.inf:
         raise errors.ExportError(
             f"l2 must be a finite number of 0 or more. Received: {l2!r}."
         )
-    with _staged(path, overwrite) as directory:
-        with _unit_by_unit(model):
-            root, signatures = _serving_objects(model, probabilities, l2)
-            tf.saved_model.save(root, directory, signatures=signatures)
-        _derive_id(directory)
-        if classes:
-            labels.write_saved_model(classes, directory)
-        golden.save(golden.make(model), directory)
-        card.save(
-            _card(model, class_labels, classes, probabilities, preset),
-            provenance or card.Provenance(versions=card.versions()),
-            directory,
+    if probabilities not in (None, "softmax", "sigmoid"):
+        raise errors.ExportError(
+            "probabilities must be 'softmax' or 'sigmoid'. "
+            f"Received: {probabilities!r}."
         )
-        report = golden.check_in_fresh_process(directory) if verify else {}
+    _check_target(path, overwrite)
+    provenance = provenance or card.Provenance(versions=card.versions())
+    found: _ResNet | reexport.Model
+    if isinstance(model, models.ResNetV2):
+        found = _ResNet(model)
+    elif reexport.is_around(model):
+        named = class_labels not in (None, "auto")
+        found = reexport.Model(model, logits=named or bool(probabilities))
+        for directory in found.directories:
+            sources.require_apart(path, directory)
+        provenance = dataclasses.replace(
+            provenance,
+            parents=found.parents,
+            notes=(*provenance.notes, *found.notes),
+        )
+    else:
+        raise errors.ExportError(
+            "export takes a model of bit_tf.create_model or bit_tf.load_model, "
+            "or a Keras model that contains a bit_tf.hub.KerasLayer. "
+            f"Received: {type(model).__name__}."
+        )
+    if isinstance(class_labels, str) and class_labels == "auto":
+        class_labels = labels.of_count(found.num_classes)
+    classes = _labels(class_labels, found.num_classes)
+    if probabilities is None:
+        probabilities = labels.activation(found.num_classes)
+    with _staged(path, overwrite) as staging:
+        with found.objects(probabilities, l2) as objects:
+            tf.saved_model.save(
+                objects.root, staging, signatures=objects.signatures
+            )
+        _derive_id(staging)
+        if classes:
+            _write_labels(classes, staging)
+            if not isinstance(class_labels, str):
+                class_labels = "custom"
+        golden.save(found.golden_values(), staging)
+        card.save(
+            found.card(
+                objects.params,
+                probabilities=probabilities if found.num_classes else None,
+                labels=class_labels if classes else None,
+                preset=preset and dataclasses.asdict(preset),
+            ),
+            provenance,
+            staging,
+        )
+        report = golden.check_in_fresh_process(staging) if verify else {}
     return report
 
 
@@ -157,6 +190,11 @@ def convert(
       extra_arrays, notes, numerics.
     """
     _check_target(path, options.get("overwrite", False))
+    around = sources.around_saved_model(source)
+    if around is not None:
+        return _convert_around(
+            around, path, source, head, numerics, class_labels, options
+        )
     checkpoint = published.open_checkpoint(source)
     sources.require_apart(path, checkpoint.path)
     model = models.from_checkpoint(checkpoint, head=head, numerics=numerics)
@@ -184,6 +222,57 @@ def convert(
     return report | sources.describe(checkpoint, numerics)
 
 
+def _convert_around(
+    around: sources.Around,
+    path: str | os.PathLike,
+    source: str | os.PathLike,
+    head: bool,
+    numerics: str | None,
+    class_labels: str | Sequence | None,
+    options: dict,
+) -> dict:
+    """`convert` of a .keras file that bit_tf.transfer.save wrote."""
+    sources.require_apart(path, around.path)
+    if numerics is not None:
+        raise errors.ExportError(
+            "The constants of a SavedModel are part of its functions. "
+            f"Received: numerics={numerics!r} for {published.shown(source)!r}, "
+            "a model around one. Leave numerics out."
+        )
+    model, facts = transfer.load(around.path)
+    if not head:
+        model = keras.Sequential(
+            [keras.Input(model.input_shape[1:]), *model.layers[:-1]],
+            name=model.name,
+        )
+        class_labels, options = None, {**options, "probabilities": None}
+    elif isinstance(class_labels, str) and class_labels == "auto":
+        class_labels = facts.labels or "auto"
+    provenance = card.Provenance(
+        source=around.path.name,
+        name=None if os.path.exists(source) else published.shown(source),
+        sha256=files.measure(around.path)[1],
+        format=keras_file.NAME,
+        versions=card.versions(),
+    )
+    report = export(
+        model,
+        path,
+        class_labels=class_labels,
+        preset=facts.preset,
+        provenance=provenance,
+        **options,
+    )
+    said, came = card.read(path)
+    return report | {
+        "format": keras_file.NAME,
+        "arrays": len(model.weights),
+        "extra_arrays": [],
+        "notes": came["notes"],
+        "numerics": said["numerics"].get("name"),
+    }
+
+
 def _labels(class_labels, num_classes: int):
     if class_labels is None or not num_classes:
         return None
@@ -195,33 +284,14 @@ def _labels(class_labels, num_classes: int):
         raise errors.ExportError(str(error)) from error
 
 
-def _card(model, class_labels, classes, probabilities, preset) -> card.Card:
-    known = variants.find_architecture(model.blocks, model.stem_width)
-    constants = variants.NUMERICS[model.numerics]
-    head = bool(model.num_classes)
-    if classes and not isinstance(class_labels, str):
-        class_labels = "custom"
-    return card.Card(
-        architecture=known.name if known else "custom",
-        feature_dim=model.feature_dim,
-        num_classes=model.num_classes,
-        params=model.count_params(),
-        task="image-classification" if head else "image-feature-vector",
-        input=INPUT,
-        output=f"logits float32 [n, {model.num_classes}]"
-        if head
-        else f"features float32 [n, {model.feature_dim}]",
-        probabilities=probabilities if head else None,
-        labels=class_labels if classes else None,
-        output_stride=model.output_stride,
-        numerics={
-            "name": constants.name,
-            "ws_epsilon": constants.ws_epsilon,
-            "gn_epsilon": constants.gn_epsilon,
-            "pool_border": str(constants.pool_border),
-        },
-        preset=preset and dataclasses.asdict(preset),
-    )
+def _write_labels(classes: Sequence[labels.Label], directory: str) -> None:
+    if labels.read_saved_model(directory) is not None:
+        raise errors.ExportError(
+            "Class names are kept in assets/ under a name of their own. "
+            "Received: a SavedModel inside of the model, which reads a file of "
+            "that name. Pass class_labels=None (--labels none)."
+        )
+    labels.write_saved_model(classes, directory)
 
 
 def _check_target(path: str | os.PathLike, overwrite: bool) -> None:
@@ -308,86 +378,79 @@ def _derive_id(directory: str) -> None:
     path.write_bytes(found.SerializeToString(deterministic=True))
 
 
-def _serving_objects(model: models.ResNetV2, probabilities: str, l2: float):
-    """(object to save, its signatures)."""
-    network = models.endpoints(model, models.endpoint_names(model))
-    output = "logits" if model.num_classes else "pre_logits"
+class _ResNet:
+    """A BiT-ResNet, with what `reexport.Model` has for other models."""
 
-    @tf.function(
-        input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)]
-    )
-    def forward(images):
-        return {
-            name: tf.cast(value, tf.float32)
-            for name, value in network(images).items()
-        }
+    def __init__(self, model: models.ResNetV2):
+        self._model = model
+        self.num_classes: int = model.num_classes
 
-    @tf.function
-    def call(images, training=False):
-        del training  # BiT computes the same in training and inference.
-        return forward(to_unit_range(images))[output]
+    def golden_values(self) -> dict[str, np.ndarray]:
+        return golden.make(self._model)
 
-    @tf.function
-    def all_endpoints(images, training=False):
-        del training
-        return forward(to_unit_range(images))
+    @contextlib.contextmanager
+    def objects(
+        self, probabilities: str, l2: float
+    ) -> Iterator[reusable.Objects]:
+        with _unit_by_unit(self._model):
+            yield reusable.assemble(self._parts(l2), probabilities)
 
-    for function in (call, all_endpoints):
-        for dtype in (tf.float32, tf.uint8):
-            spec = tf.TensorSpec([None, None, None, 3], dtype, name="images")
-            for training in (False, True):
-                function.get_concrete_function(spec, training=training)
-
-    specs = [tf.TensorSpec([None, None, None, 3], tf.float32, name="images")]
-
-    @tf.function(input_signature=specs)
-    def serving_default(images):
-        return {"output_1": forward(images)[output]}
-
-    @tf.function(input_signature=specs)
-    def image_feature_vector(images):
-        return {"features": forward(images)["pre_logits"]}
-
-    @tf.function(input_signature=specs)
-    def image_classification(images):
-        logits = forward(images)["logits"]
-        squash = {"softmax": tf.nn.softmax, "sigmoid": tf.nn.sigmoid}
-        return {
-            "logits": logits,
-            "probabilities": squash[probabilities](logits),
-        }
-
-    signatures = {
-        "serving_default": serving_default,
-        "image_feature_vector": image_feature_vector,
-    }
-    if model.num_classes:
-        signatures["image_classification"] = image_classification
-
-    named = models.canonical_variables(model)
-    variables = [variable.value for variable in named.values()]
-    kernels = [
-        variable.value for name, variable in named.items() if "kernel" in name
-    ]
-
-    def penalty(kernel):
-        @tf.function(input_signature=[])
-        def loss():
-            return l2 * tf.reduce_sum(tf.square(kernel))
-
-        return loss
-
-    root = tf.train.Checkpoint()
-    for node, function in (
-        (root, call),
-        (tf.train.Checkpoint(), all_endpoints),
-    ):
-        node.__call__ = function
-        node.variables = variables
-        node.trainable_variables = list(variables)
-        node.regularization_losses = (
-            [penalty(kernel) for kernel in kernels] if l2 else []
+    def card(self, params: int, **facts) -> card.Card:
+        model = self._model
+        known = variants.find_architecture(model.blocks, model.stem_width)
+        dtype = model.get_layer("root_block").compute_dtype
+        return card.Card(
+            architecture=known.name if known else "custom",
+            feature_dim=model.feature_dim,
+            num_classes=model.num_classes,
+            params=params,
+            task=card.TASKS[bool(model.num_classes)],
+            input=card.input_text(),
+            output=card.output_text(
+                model.num_classes, model.feature_dim, [dtype]
+            ),
+            output_stride=model.output_stride,
+            numerics=card.constants(model.numerics),
+            **facts,
         )
-        if node is not root:
-            root.endpoints = node
-    return root, signatures
+
+    def _parts(self, l2: float) -> reusable.Parts:
+        model = self._model
+        network = models.endpoints(model, models.endpoint_names(model))
+        output = "logits" if model.num_classes else "pre_logits"
+        shape = (None, None, None, 3)
+
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32)])
+        def forward(images):
+            return {
+                name: tf.cast(value, tf.float32)
+                for name, value in network(images).items()
+            }
+
+        # BiT computes the same in training and inference.
+        def call(images, training):
+            del training
+            found = forward(images)
+            return {"output": found[output], "features": found["pre_logits"]}
+
+        def endpoints(images, training):
+            del training
+            return forward(images)
+
+        named = models.canonical_variables(model)
+        variables = [variable.value for variable in named.values()]
+        kernels = [
+            variable.value
+            for name, variable in named.items()
+            if "kernel" in name
+        ]
+        return reusable.Parts(
+            shape=shape,
+            num_classes=model.num_classes,
+            call=call,
+            has_features=True,
+            endpoints=endpoints,
+            variables=variables,
+            trainable_variables=variables,
+            losses=[reusable.square(k, l2) for k in kernels] if l2 else [],
+        )

@@ -1,11 +1,74 @@
-"""What every conversion says and asks of the checkpoint that it reads."""
+"""What every conversion says and asks of the source that it reads."""
 
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from bit_tf import checkpoints, errors
+from bit_tf import checkpoints, errors, published
+from bit_tf.checkpoints import keras_file, layout
 
-__all__ = ["describe", "require_apart"]
+__all__ = ["Around", "around_saved_model", "describe", "require_apart"]
+
+
+class Around(NamedTuple):
+    """A .keras file of a model around a SavedModel.
+
+    It is no checkpoint: what the model computes is in the SavedModel, which
+    `bit_tf.transfer.load` fetches and runs.
+
+    Attributes:
+      path: of the file.
+      handles: those that it names, as they may be shown.
+    """
+
+    path: pathlib.Path
+    handles: tuple[str, ...]
+
+    def __str__(self) -> str:
+        named = " and ".join(self.handles)
+        return f"{self.path.name} is around {named}, which is fetched and run."
+
+
+def around_saved_model(source: str | os.PathLike) -> Around | None:
+    """The file of a model around a SavedModel, if a source is one.
+
+    Args:
+      source: whatever bit_tf.load_model takes.
+
+    Raises:
+      CheckpointFormatError: it is a .keras file, and damaged.
+      DownloadError: it is a URL, and could not be fetched whole.
+    """
+    path = pathlib.Path(source)
+    if isinstance(source, str) and not path.is_file():
+        if not source.lower().startswith(("http://", "https://")):
+            return None
+        if not source.lower().partition("?")[0].endswith(".keras"):
+            return None
+        path = published.locate(source).path
+    if not path.is_file() or not keras_file.sniff(path):
+        return None
+    config = keras_file.config(path)
+    shown = map(published.shown, _handles(config))
+    handles = tuple(dict.fromkeys(map(layout.printable, shown)))
+    return Around(path, handles) if handles else None
+
+
+def _handles(config: Any) -> Iterator[str]:
+    """The handles of all KerasLayers in a config."""
+    todo = [config]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            inner = value.get("config")
+            if value.get("class_name") == "KerasLayer" and isinstance(
+                inner, dict
+            ):
+                yield str(inner.get("handle"))
+            todo += reversed(value.values())
+        elif isinstance(value, list):
+            todo += reversed(value)
 
 
 def describe(
@@ -27,7 +90,7 @@ def describe(
 
 
 def require_apart(path: str | os.PathLike, source: pathlib.Path) -> None:
-    """Refuses to write over the checkpoint that is read, or what holds it.
+    """Refuses to write over a file or model that is read, or what holds it.
 
     Raises:
       ExportError: `source` is at `path`, or inside of it.
@@ -35,6 +98,6 @@ def require_apart(path: str | os.PathLike, source: pathlib.Path) -> None:
     target, source = pathlib.Path(path).resolve(), source.resolve()
     if target == source or target in source.parents:
         raise errors.ExportError(
-            "What is overwritten must not hold the checkpoint. Received: "
+            "What is overwritten must not hold what is read. Received: "
             f"{str(source)!r} at or inside {os.fspath(path)!r}."
         )

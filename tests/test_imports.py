@@ -23,7 +23,9 @@ LAYERS = """
         bit_tf/cache_records bit_tf/cached_download
     bit_tf/checkpoints/*
     bit_tf/integrity bit_tf/hub_cache bit_tf/hub_install bit_tf/hub_fetch
-        bit_tf/hub bit_tf/keras_layer
+        bit_tf/addresses bit_tf/relocation bit_tf/model_hash bit_tf/hub
+    bit_tf/layer_source bit_tf/distributed_call bit_tf/saved_model_variables
+        bit_tf/keras_layer
     bit_tf/published
     bit_tf/images
     bit_tf/layers
@@ -31,10 +33,17 @@ LAYERS = """
     bit_tf/folded
     bit_tf/embed bit_tf/classify
     bit_tf/metrics bit_tf/charts bit_tf/probe
-    bit_tf/picture_files bit_tf/tfds_source bit_tf/data bit_tf/input_pipeline
-    bit_tf/transfer
-    bit_tf/evaluate bit_tf/training_state bit_tf/distribution bit_tf/finetune
-    bit_tf/vtab bit_tf/bulk bit_tf/index
+    bit_tf/pipeline_errors bit_tf/stream_source bit_tf/split
+    bit_tf/picture_files bit_tf/tfds_source bit_tf/data
+    bit_tf/batch_plan bit_tf/example_cache bit_tf/input_pipeline
+    bit_tf/model_origins bit_tf/transfer_file bit_tf/model_sources
+        bit_tf/transfer
+    bit_tf/evaluate bit_tf/feature_scores bit_tf/imagenet_real
+    bit_tf/interrupts bit_tf/event_log bit_tf/distribution
+        bit_tf/training_state bit_tf/training_records bit_tf/training_step
+    bit_tf/finetune
+    bit_tf/transfer_run bit_tf/vtab_tasks bit_tf/vtab
+    bit_tf/bulk bit_tf/index
     bit_tf/commands/*
     bit_tf/__main__
     hub_export/fresh_process hub_export/golden hub_export/card
@@ -44,6 +53,7 @@ LAYERS = """
     hub_export/description hub_export/documentation_tags
     hub_export/contradictions hub_export/documentation
         hub_export/documentation_check
+    hub_export/origins hub_export/reusable hub_export/reexport
     hub_export/graph hub_export/saved_model hub_export/formats
     hub_export/pages
     hub_export/repository

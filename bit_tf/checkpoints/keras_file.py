@@ -40,6 +40,7 @@ __all__ = [
     "METADATA",
     "NAME",
     "canonical",
+    "config",
     "member",
     "metadata",
     "read",
@@ -189,6 +190,19 @@ def read(path: str | os.PathLike[str]) -> checkpoint.Checkpoint:
             f"{difference}. {checkpoint.REMEDY}"
         )
     return found
+
+
+def config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What config.json of any .keras file holds; nothing of it is run.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CheckpointFormatError: the file is no such archive, or is damaged.
+    """
+    path = Path(path)
+    checkpoint.require_file(path)
+    with open(path, "rb") as file:
+        return _json(path, file, _members(path, file), CONFIG)
 
 
 def require_suffix(path: Path) -> None:

@@ -66,7 +66,7 @@ def run(args) -> int:
         program.expect_tensorflow(args.source)
     from bit_tf import published
     from bit_tf.checkpoints import layout
-    from hub_export import formats
+    from hub_export import formats, sources
 
     asked = {
         "head": args.head == "keep",
@@ -75,6 +75,9 @@ def run(args) -> int:
         "overwrite": args.overwrite,
     }
     print(f"Converting {published.shown(args.source)} …", file=sys.stderr)
+    around = sources.around_saved_model(args.source)
+    if around is not None:
+        print(f"Note: {around}", file=sys.stderr)
     if args.to == formats.SAVED_MODEL:
         from hub_export import saved_model
 
@@ -100,7 +103,7 @@ def run(args) -> int:
     else:
         print(
             f"Read as {report['format']}: {report['arrays']} arrays, each used "
-            f"once; constants of {report['numerics']}."
+            f"once; constants of {report['numerics'] or 'the SavedModel'}."
         )
         if args.to == formats.SAVED_MODEL:
             print(
