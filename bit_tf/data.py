@@ -240,7 +240,7 @@ def _without_bad(dataset: Dataset, progress: bool) -> Dataset:
     """Decodes every picture, and leaves out those that cannot be."""
     splits = {}
     for name, split in dataset.splits.items():
-        bad: dict[int, Exception] = {}
+        bad: dict[int, str] = {}
         with tqdm(
             total=split.size,
             desc=f"looking at {name}",
@@ -251,8 +251,9 @@ def _without_bad(dataset: Dataset, progress: bool) -> Dataset:
             for index, error in _failures(split):
                 bar.update()
                 if error is not None:
-                    bad[index] = error
-                    logging.warning("Left out of %s: %s", name, error)
+                    text = str(error).removesuffix(f" {picture_files.REMEDY}")
+                    bad[index] = text
+                    logging.warning("Left out of %s: %s", name, text)
         good = np.setdiff1d(np.arange(split.size), list(bad)).astype(np.int64)
         splits[name] = split.take(good) if bad else split
         if not len(good):

@@ -21,6 +21,7 @@ __all__ = [
     "require_agreement",
     "strategy",
     "wait",
+    "workers",
 ]
 
 _LOST = (
@@ -94,7 +95,7 @@ def strategy(
     """
     if tpu is not None:
         return _tpu(tpu)
-    if _workers() > 1:
+    if workers() > 1:
         if devices is not None:
             raise errors.TrainingError(
                 "Each worker of $TF_CONFIG uses all its devices. Received: "
@@ -168,8 +169,8 @@ def _known(devices: Sequence[str]) -> list[str]:
     return found
 
 
-def _workers() -> int:
-    """Of $TF_CONFIG.
+def workers() -> int:
+    """Of how many workers $TF_CONFIG tells; 1, if there is none.
 
     Raises:
       TrainingError: it is malformed.

@@ -271,11 +271,13 @@ def align(
     """Where a model's output for each of a dataset's classes is.
 
     Names are compared by letters and numbers alone, without case. Classes that
-    have a WordNet id may go by it, as in ImageNet's own folders.
+    have a WordNet id may go by it, as in ImageNet's own folders. Where one of
+    both has no names, but the numbers from 0 in any order, or the model has
+    nothing, classes go by index: that of a number is the number.
 
     Args:
-      own: the model's classes; None, or numbers from 0, are no names.
-      class_names: the dataset's; numbers from 0 are no names.
+      own: the model's classes, if it says so.
+      class_names: the dataset's.
       outputs: how many the model has.
 
     Returns:
@@ -296,12 +298,15 @@ def align(
             places = {name: index for index, name in enumerate(mine)}
             if len(places) == count and places.keys() == set(wanted):
                 return np.asarray([places[name] for name in wanted]), "by name"
-    numbers = [str(index) for index in range(count)]
     shown = None if own is None else [label.name for label in own]
-    if outputs == count and (
-        shown in (None, numbers) or list(class_names) == numbers
-    ):
-        return np.arange(count), "by index"
+    if outputs == count:
+        own_numbers = None if shown is None else _indices(shown, count)
+        numbers = _indices(class_names, count)
+        if own is None or own_numbers is not None or numbers is not None:
+            columns = np.arange(count)
+            if own_numbers is not None:
+                columns = np.argsort(own_numbers)
+            return columns if numbers is None else columns[numbers], "by index"
     known = {_plain(text) for row in own or () for text in (row.name, row.id)}
     unknown = [name for name in class_names if _plain(name) not in known]
     differ = ""
@@ -334,19 +339,21 @@ def mistake_items(
       activation: see metrics.probabilities.
 
     Raises:
-      as metrics.mistakes and `split.picture`.
+      as metrics.mistakes and `split.pictures`.
     """
+    worst = metrics.mistakes(outputs, true, count, activation=activation)
+    if not worst:
+        return []
+    pictures = split.pictures([found.example for found in worst])
     return [
         (
-            split.picture(found.example),
+            picture,
             split.class_names[found.label],
             split.class_names[found.predicted],
             found.probability,
             str(split.identifiers[found.example]),
         )
-        for found in metrics.mistakes(
-            outputs, true, count, activation=activation
-        )
+        for found, picture in zip(worst, pictures, strict=True)
     ]
 
 
@@ -453,6 +460,18 @@ def _filled(pictures: Any, size: int) -> tf.Tensor:
     if not missing:
         return pictures
     return tf.concat([pictures, tf.repeat(pictures[-1:], missing, 0)], 0)
+
+
+def _indices(names: Sequence[str], count: int) -> np.ndarray | None:
+    """Names that are the numbers below `count`, in any order, as numbers."""
+    numbers = [
+        int(name)
+        for name in names
+        if name.isascii() and name.isdecimal() and len(name) < 10
+    ]
+    if len(names) != count or sorted(numbers) != list(range(count)):
+        return None
+    return np.asarray(numbers)
 
 
 def _plain(name: str) -> str:

@@ -7,6 +7,7 @@ killed at any moment and goes on from its last state.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -65,15 +66,26 @@ class History:
 def with_steps(rule: hyperrule.Rule, steps: int) -> hyperrule.Rule:
     """The same rule in another number of steps, its schedule in proportion.
 
+    What is some steps apart stays so by one step or more, if there are as many
+    steps; with fewer of them parts of the schedule coincide.
+
     Raises:
       ValueError: there are no steps.
     """
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps must be 1 or more. Received: {steps!r}.")
-    supports = tuple(
-        round(support * steps / rule.steps) for support in rule.supports
-    )
-    return dataclasses.replace(rule, supports=supports)
+    found = [round(support * steps / rule.steps) for support in rule.supports]
+    apart = [
+        after > before
+        for before, after in itertools.pairwise((0, *rule.supports))
+    ]
+    if sum(apart) <= steps:
+        last = 0
+        for index, support in enumerate(found):
+            highest = steps - sum(apart[index + 1 :])
+            last = min(max(support, last + apart[index]), highest)
+            found[index] = last
+    return dataclasses.replace(rule, supports=tuple(found))
 
 
 def finetune(

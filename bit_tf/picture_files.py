@@ -17,7 +17,14 @@ from PIL import Image
 from bit_tf import download, errors, images
 from bit_tf.errors import DatasetError, ImageError
 
-__all__ = ["FileSource", "Found", "check_classes", "from_csv", "from_folder"]
+__all__ = [
+    "REMEDY",
+    "FileSource",
+    "Found",
+    "check_classes",
+    "from_csv",
+    "from_folder",
+]
 
 _SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .dib .webp .tif .tiff .ppm .pgm "
@@ -35,6 +42,12 @@ _PATHS = ("path", "image", "file")
 _SAMPLE = 200
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 _SHOWN = 5
+# Ends what is said of a file that cannot be used.
+REMEDY = (
+    "Mend the file, or leave out all that are damaged: bad_images='skip' "
+    "(--bad-images skip; look first which: bit-tf finetune … --bad-images "
+    "skip --dry-run)."
+)
 
 
 class Found(NamedTuple):
@@ -129,7 +142,8 @@ def from_folder(
     Args:
       directory: the root.
       class_names: all classes in their order; by default the names of the
-        class folders of train (of test, where there is no train), sorted.
+        class folders of train (of test, where there is no train), sorted; as
+        numbers, if all are integers.
 
     Raises:
       DatasetError: no such folder, no class folders, an empty one, fewer than
@@ -152,7 +166,7 @@ def from_folder(
             _text(entry.name): entry for entry in _folders(folder, ignored)
         }
         if names is None:
-            names = sorted(by_class)
+            names = _sorted(by_class)
             _warn_of_case(names)
         _check_known(by_class, names, folder)
         check_classes(names, folder)
@@ -316,9 +330,7 @@ def _labels_of(
     written = {row.label for row in rows}
     numbers = all(map(_is_integer, written))
     if class_names is None:
-        names = sorted(written)
-        if numbers:
-            names.sort(key=int)
+        names = _sorted(written)
         _warn_of_case(names)
     else:
         names = list(class_names)
@@ -338,6 +350,14 @@ def _labels_of(
                 "or the class names."
             )
     return names, label_of
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """In order; as numbers, if all are integers."""
+    found = sorted(names)
+    if all(map(_is_integer, found)):
+        found.sort(key=int)
+    return found
 
 
 def _is_integer(text: str) -> bool:
@@ -500,5 +520,5 @@ def _text(path: str | os.PathLike[str]) -> str:
 
 
 def _named(error: ImageError, path: str) -> ImageError:
-    """The same error, naming the file."""
-    return type(error)(f"{_text(path)!r}: {error}")
+    """The same error, naming the file, and what to do about such files."""
+    return type(error)(f"{_text(path)!r}: {error} {REMEDY}")

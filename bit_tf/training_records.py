@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,7 +66,8 @@ class Records:
         path = self._output / _STATE
         if restart and self._writes:
             path.unlink(missing_ok=True)
-            shutil.rmtree(self._output / _LOGS, ignore_errors=True)
+            with _disk(self._output, self.saved):
+                event_log.discard(self._output / _LOGS)
         state = None if restart else training_state.read(path)
         rows: list[dict[str, Any]] = []
         if state is not None:
@@ -89,7 +89,7 @@ class Records:
                 history = (self._output / _HISTORY).open("ab")
                 self._history = self._stack.enter_context(history)
                 self._events = self._stack.enter_context(
-                    event_log.EventLog(self._output / _LOGS, len(rows))
+                    event_log.EventLog(self._output / _LOGS, len(rows) + 1)
                 )
         return rows
 

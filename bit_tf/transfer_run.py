@@ -27,7 +27,7 @@ from bit_tf import (
 )
 from bit_tf.checkpoints import Facts
 
-__all__ = ["Prepared", "Result", "Settings", "prepare", "run"]
+__all__ = ["Prepared", "Result", "Settings", "frozen", "prepare", "run"]
 
 MODEL, METRICS = "model.keras", "metrics.json"
 _CURVES = "learning_curves.png"
@@ -198,6 +198,23 @@ def prepare(settings: Settings) -> Prepared:
     )
 
 
+def frozen(prepared: Prepared) -> tuple[int, int] | None:
+    """How many of the model's variables are frozen, and of how many.
+
+    None where nothing is to be frozen, or the model is not on this disk: then
+    `run` looks, before it trains.
+
+    Raises:
+      as transfer.classifier and transfer.variables_to_train do.
+    """
+    if prepared.settings.freeze is None or not prepared.look.here:
+        return None
+    model = _model(prepared)
+    kept = transfer.variables_to_train(model, prepared.settings.freeze)
+    count = len(model.trainable_variables)
+    return count - len(kept), count
+
+
 def run(
     prepared: Prepared,
     output: str | os.PathLike[str],
@@ -227,15 +244,8 @@ def run(
     charts.require()
     settings, rule, splits = prepared.settings, prepared.rule, prepared.splits
     where = distribution.place(strategy)
-    policy = None if settings.precision == "float32" else settings.precision
     with strategy.scope():
-        model = transfer.classifier(
-            settings.model,
-            len(prepared.class_names),
-            dtype=policy,
-            scratch=settings.from_scratch,
-            seed=settings.seed,
-        )
+        model = _model(prepared)
     described = transfer.describe(model)
     if restart and where.is_chief:
         for name in (MODEL, METRICS, _CURVES, *evaluate.CHARTS):
@@ -287,7 +297,7 @@ def run(
             "train_fingerprint": splits["train"].fingerprint,
             "class_names": list(prepared.class_names),
             "rule": dataclasses.asdict(rule),
-            "settings": dataclasses.asdict(settings),
+            "settings": _told(prepared),
             "micro_batches": micro_batches,
             "replicas": where.replicas,
             "preset": dataclasses.asdict(preset),
@@ -302,6 +312,32 @@ def run(
     # The chief's devices are no use to the others, but they must not go.
     distribution.wait(strategy, where)
     return Result(model, found, history)
+
+
+def _model(prepared: Prepared) -> keras.Model:
+    """What is trained, in the scope of the strategy that is in force."""
+    settings = prepared.settings
+    return transfer.classifier(
+        settings.model,
+        len(prepared.class_names),
+        dtype=None if settings.precision == "float32" else settings.precision,
+        scratch=settings.from_scratch,
+        seed=settings.seed,
+    )
+
+
+def _told(prepared: Prepared) -> dict[str, Any]:
+    """The settings, of JSON's types."""
+    found = {
+        field.name: getattr(prepared.settings, field.name)
+        for field in dataclasses.fields(prepared.settings)
+    }
+    # It may be tf.data.Datasets, which cannot be written.
+    found["dataset"] = prepared.dataset.name
+    return {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in found.items()
+    }
 
 
 def _rule(

@@ -50,7 +50,7 @@ from bit_tf.vtab_tasks import (
     require_as_tabled,
 )
 
-__all__ = ["TASKS", "Task", "check", "load", "markdown", "run"]
+__all__ = ["TASKS", "Task", "check", "load", "markdown", "run", "strategy"]
 
 _RESULTS = "results.json"
 # The folder of states of training, one a task.
@@ -108,7 +108,7 @@ def run(
     manual_dir: str | os.PathLike[str] | None = None,
     download: bool = True,
     batch_size: int = hyperrule.BATCH_SIZE,
-    micro_batches: int = 1,
+    micro_batches: int | None = None,
     steps: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
@@ -126,13 +126,15 @@ def run(
       data_dir, manual_dir, download: see `load`.
       batch_size: examples a step; another one than 512 scales BiT-HyperRule's
         steps and learning rate.
-      micro_batches: into how many slices a batch is cut, to need less memory.
+      micro_batches: into how many parts each device's batch is divided, to
+        need less memory; as hyperrule.micro_batches says for each task, unless
+        given.
       steps: fewer than the rule's, to try things out; the scores are then not
         comparable with others.
       seed: of the order of pictures, crops and flips.
       dtype: a dtype policy, such as "mixed_bfloat16".
-      strategy: of the devices of this machine, see distribution.strategy; the
-        one in whose scope this is called, unless given.
+      strategy: of the devices of this machine, see `strategy`; the one in
+        whose scope this is called, unless given.
       progress: whether bars are shown, on a terminal.
 
     Returns:
@@ -160,12 +162,7 @@ def run(
         "dtype": dtype,
     }
     on = tf.distribute.get_strategy() if strategy is None else strategy
-    if distribution.place(on).workers > 1:
-        raise errors.TrainingError(
-            "VTAB's tasks are small, and are run on one machine. Received: "
-            f"{distribution.place(on).workers} workers. Unset TF_CONFIG, and "
-            "give each machine tasks of its own (--vtab TASK …)."
-        )
+    _require_one_machine(distribution.place(on).workers)
     require_as_tabled(rows, data_dir)
     with _folder(output) as folder:
         results = _begin(settings, folder)
@@ -203,6 +200,17 @@ def run(
             del model
             gc.collect()
     return results
+
+
+def strategy() -> tf.distribute.Strategy:
+    """That of all devices of this machine, for `run`.
+
+    Raises:
+      TrainingError: $TF_CONFIG has several workers, or is malformed.
+    """
+    # The strategy of several would wait for all of them.
+    _require_one_machine(distribution.workers())
+    return distribution.strategy()
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -243,6 +251,15 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _require_one_machine(workers: int) -> None:
+    if workers > 1:
+        raise errors.TrainingError(
+            "VTAB's tasks are small, and are run on one machine. Received: "
+            f"{workers} workers. Unset TF_CONFIG, and give each machine tasks "
+            "of its own (--vtab TASK …)."
+        )
+
+
 def _open(
     row: Task, examples: Mapping[str, int], where: Mapping[str, Any]
 ) -> data.Dataset:
@@ -281,7 +298,7 @@ def _trained(
     *,
     progress: bool,
     batch_size: int,
-    micro_batches: int,
+    micro_batches: int | None,
     steps: int | None,
     seed: int,
     version: str | None,
@@ -296,7 +313,8 @@ def _trained(
         rule=rule,
         output=folder and folder / _UNFINISHED / row.name,
         seed=seed,
-        micro_batches=micro_batches,
+        micro_batches=micro_batches
+        or hyperrule.micro_batches(rule, on.num_replicas_in_sync),
         flip=row.flip,
         crop=row.crop,
         strategy=on,

@@ -152,41 +152,15 @@ class Model:
           ExportError: it cannot be traced; or it has penalties of its own
             beside `l2`.
         """
-        objects = self._assembled(probabilities, l2)
-        with _renamed(_values(self._own_weights()), f"{self._model.name}/"):
-            yield objects
-
-    def _assembled(self, probabilities: str, l2: float) -> reusable.Objects:
-        with _thawed(self._model, self._layers):
-            trainable = _values(self._model.trainable_variables)
-            losses = self._losses()
-            if l2:
-                if losses:
-                    raise errors.ExportError(
-                        "l2 is for models without regularization losses. "
-                        f"Received: l2={l2!r}, and a model with {len(losses)} "
-                        "of them, which are kept as they are. Leave l2 out."
-                    )
-                losses = [
-                    reusable.square(variable, l2)
-                    for variable in trainable
-                    if variable.shape.rank > 1
-                ]
-            parts = reusable.Parts(
-                shape=self.shape,
-                num_classes=self.num_classes,
-                call=tf.function(self._call, autograph=False),
-                has_features=self._has_features,
-                endpoints=tf.function(self._endpoints, autograph=False)
-                if self._has_endpoints
-                else None,
-                variables=_values(self._model.weights),
-                trainable_variables=trainable,
-                losses=losses,
-                resources=_resources(self._layers),
-            )
+        own = _values(self._own_weights())
+        # Functions are traced once more while they are saved.
+        with (
+            _thawed(self._model, self._layers),
+            _renamed(own, f"{self._model.name}/"),
+        ):
+            parts = self._parts(l2)
             try:
-                return reusable.assemble(parts, probabilities)
+                objects = reusable.assemble(parts, probabilities)
             except _FAULTS as error:
                 raise errors.ExportError(
                     "An exported model takes pictures of any number and, "
@@ -194,6 +168,36 @@ class Model:
                     f"{_named(self._model)}, which could not be traced with "
                     f"{list(self.shape)}: {_said(error)}"
                 ) from error
+            yield objects
+
+    def _parts(self, l2: float) -> reusable.Parts:
+        trainable = _values(self._model.trainable_variables)
+        losses = self._losses()
+        if l2:
+            if losses:
+                raise errors.ExportError(
+                    "l2 is for models without regularization losses. "
+                    f"Received: l2={l2!r}, and a model with {len(losses)} "
+                    "of them, which are kept as they are. Leave l2 out."
+                )
+            losses = [
+                reusable.square(variable, l2)
+                for variable in trainable
+                if variable.shape.rank > 1
+            ]
+        return reusable.Parts(
+            shape=self.shape,
+            num_classes=self.num_classes,
+            call=tf.function(self._call, autograph=False),
+            has_features=self._has_features,
+            endpoints=tf.function(self._endpoints, autograph=False)
+            if self._has_endpoints
+            else None,
+            variables=_values(self._model.weights),
+            trainable_variables=trainable,
+            losses=losses,
+            resources=_resources(self._layers),
+        )
 
     def card(self, params: int, **facts: Any) -> card.Card:
         """The card, as far as the model tells it.

@@ -200,6 +200,8 @@ def test_a_damaged_picture_among_1000(tmp_path, monkeypatch):
     (warning,) = warned
     assert "Left out of train" in warning
     assert "b/0123.png" in warning
+    # What is done already is not advised.
+    assert "--bad-images" not in warning
     with pytest.raises(DatasetError, match="'raise' or 'skip'"):
         data.open_dataset(spec, bad_images="drop")
 

@@ -320,6 +320,8 @@ def names(*texts):
     return [labels.Label("", text) for text in texts]
 
 
+SORTED_AS_TEXT = ("0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9")
+SORTED_AS_NUMBERS = [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]
 WORDNET = [labels.Label("n02", "cat"), labels.Label("n01", "dog")]
 
 
@@ -335,6 +337,17 @@ WORDNET = [labels.Label("n02", "cat"), labels.Label("n01", "dog")]
         (names("0", "1"), ("a", "b"), [0, 1], "by index"),
         (names("cat", "dog"), ("0", "1"), [0, 1], "by index"),
         (names("1", "0"), ("0", "1"), [1, 0], "by name"),
+        (None, SORTED_AS_TEXT, SORTED_AS_NUMBERS, "by index"),
+        (names(*CLASSES, "k"), SORTED_AS_TEXT, SORTED_AS_NUMBERS, "by index"),
+        (
+            names(*SORTED_AS_TEXT),
+            (*CLASSES, "k"),
+            np.argsort(SORTED_AS_NUMBERS).tolist(),
+            "by index",
+        ),
+        (names(*SORTED_AS_TEXT), SORTED_AS_TEXT, list(range(11)), "by name"),
+        (names("02", "00", "01"), ("1", "2", "0"), [2, 0, 1], "by index"),
+        (None, ("1", "2"), [0, 1], "by index"),
         (names("!", "?"), ("?", "!"), [1, 0], "by name"),
         (names("цветок", "木"), ("木", "Цветок"), [1, 0], "by name"),
     ],
@@ -352,12 +365,42 @@ def test_align(own, theirs, columns, how):
         (names("a", "b", "c"), ("a", "b"), 3, "of 3 classes.*of 2"),
         (None, ("a", "b", "c"), 21843, "of 21843 classes .nameless.*of 3"),
         (names("a", "a"), ("a", "b"), 2, "lacks: 'b'"),
+        (names("a", "b"), ("1", "2"), 2, "lacks: '1', '2'"),
+        (names("a", "b"), ("0", "0"), 2, "lacks: '0', '0'"),
         (None, tuple("abcdefgh"), 7, "'e' and 3 more"),
     ],
 )
 def test_other_classes_are_no_classes(own, theirs, outputs, message):
     with pytest.raises(errors.DatasetError, match=f"{message}.*--probe"):
         evaluate.align(own, theirs, outputs)
+
+
+def test_pictures_of_mistakes_are_read_in_one_pass(folder):
+    split = data.open_dataset(f"folder:{folder}").splits["test"]
+    outputs = np.zeros((split.size, 10), np.float32)
+    outputs[np.arange(split.size), (split.labels + 1) % 10] = 1
+    outputs[[5, 9, 20], (split.labels[[5, 9, 20]] + 1) % 10] = [3, 4, 2]
+    passes = []
+    records = split.source.records
+
+    def recorded(order):
+        passes.append(list(order))
+        return records(order)
+
+    split.source.records = recorded
+    items = evaluate.mistake_items(split, outputs, split.labels, count=3)
+    assert len(passes) == 1
+    assert [item[-1] for item in items] == [
+        split.identifiers[index] for index in (9, 5, 20)
+    ]
+    for index, item in zip((9, 5, 20), items, strict=True):
+        np.testing.assert_array_equal(item[0], split.picture(index))
+        assert item[1] == split.class_names[split.labels[index]]
+    # A stream would be gone through for nothing.
+    passes.clear()
+    right = np.eye(10)[split.labels]
+    assert evaluate.mistake_items(split, right, split.labels) == []
+    assert not passes
 
 
 def test_splits(dataset):
@@ -562,6 +605,8 @@ def test_command_of_vtab(call, monkeypatch, tmp_path):
         seen.update(options, source=source, tasks=tasks)
         return {"tasks": {}, "scores": {}}
 
+    devices = object()
+    monkeypatch.setattr(vtab.distribution, "strategy", lambda: devices)
     monkeypatch.setattr(vtab, "run", run)
     monkeypatch.setattr(vtab, "markdown", lambda results: "| a table |\n")
     code, out, _ = call(
@@ -576,17 +621,19 @@ def test_command_of_vtab(call, monkeypatch, tmp_path):
         "data_dir": None,
         "manual_dir": None,
         "batch_size": 512,
-        "micro_batches": 1,
+        "micro_batches": None,
         "steps": 3,
         "seed": 0,
+        "strategy": devices,
     }
 
 
 def test_dry_run_of_vtab(call, tmp_path):
     arguments = ("bit-tf", "evaluate", "--model", "BiT-M-R50x1", "--dry-run")
-    places = ("--data-dir", tmp_path)
+    places = ("--data-dir", tmp_path, "--output", tmp_path / "out")
     code, out, err = call(*arguments, *places, "--vtab", "dtd", "cifar100")
     assert code == 0, err
+    assert list(tmp_path.iterdir()) == []
     assert [line.split()[:2] for line in out.splitlines()] == [
         ["cifar100", "ok"],
         ["dtd", "ok"],
@@ -617,6 +664,9 @@ def test_dry_run_of_vtab(call, tmp_path):
         ("--dataset", "x", "--preset", "tfhub"),
         ("--vtab", "dtd", "--preset", "timm in1k"),
         ("--vtab", "dtd", "--seed", "-1"),
+        ("--vtab", "dtd", "--bad-images", "skip"),
+        ("--real", "--bad-images", "skip"),
+        ("--dataset", "x", "--real", "--bad-images", "raise"),
         ("--vtab",),
     ],
     ids=" ".join,
@@ -635,8 +685,13 @@ def test_wrong_usage(call, arguments):
         (("--dataset", "FOLDER", "--probe", "--shots", "9"), "9 examples"),
         (
             ("--dataset", "FOLDER", "--output", "FOLDER/test/a/000.png"),
-            "exists",
+            "--output is a directory. Received: ",
         ),
+        (
+            ("--dataset", "FOLDER", "--output", "FOLDER/test/a/000.png/x"),
+            "--output is a directory that can be made",
+        ),
+        (("--dataset", "FOLDER", "--output", ""), "an empty name"),
     ],
 )
 def test_errors_are_one_line(call, folder, arguments, message):
@@ -650,6 +705,42 @@ def test_errors_are_one_line(call, folder, arguments, message):
     assert (code, out) == (1, "")
     assert err.startswith("bit-tf: error: ")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--probe",)], ids=["classifier", "probe"]
+)
+def test_nothing_is_left_of_a_failure(call, folder, tmp_path, arguments):
+    code, _, err = call(
+        *("bit-tf", "evaluate", "--model", "no such", *arguments, *FAST),
+        *("--dataset", f"folder:{folder}", "--output", tmp_path / "new/out"),
+    )
+    assert (code, err.count("\n")) == (1, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--dataset", "FOLDER"), ("--dataset", "FOLDER", "--knn"), ("--real",)],
+    ids=["classifier", "knn", "real"],
+)
+@pytest.mark.parametrize("name", ["state", "model.keras"])
+def test_results_of_fine_tuning_are_not_replaced(
+    call, folder, tiny_classifier, tmp_path, arguments, name
+):
+    (tmp_path / name).mkdir()
+    (tmp_path / "metrics.json").write_text("mine")
+    arguments = [
+        text.replace("FOLDER", f"folder:{folder}") for text in arguments
+    ]
+    code, out, err = call(
+        *("bit-tf", "evaluate", "--model", "tiny", *arguments, *FAST),
+        *("--output", tmp_path),
+    )
+    assert (code, out) == (1, "")
+    assert f"'bit-tf finetune' has written '{name}'" in err
+    assert (tmp_path / "metrics.json").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_presets_of_the_command_have_a_size():

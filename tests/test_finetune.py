@@ -75,6 +75,24 @@ def same(one, other):
     return all(map(np.array_equal, values(one), values(other)))
 
 
+def shown(logs):
+    """{step: values} as TensorBoard keeps them."""
+    kept = {}
+    start = tf.compat.v1.SessionLog.START
+    for path in sorted(logs.iterdir()):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            if event.session_log.status == start:
+                kept = {s: v for s, v in kept.items() if s < event.step}
+            if event.summary.value:
+                assert event.step not in kept
+                kept[event.step] = {
+                    value.tag: value.simple_value
+                    for value in event.summary.value
+                }
+    return kept
+
+
 def interrupted(monkeypatch, after, action):
     """Has something happen inside of a step, counted from 1."""
     whole = training_step.Trainer.step
@@ -95,6 +113,8 @@ def interrupted(monkeypatch, after, action):
     [
         (500, (100, 200, 300, 400, 500)),
         (10, (2, 4, 6, 8, 10)),
+        (6, (1, 2, 4, 5, 6)),
+        (5, (1, 2, 3, 4, 5)),
         (2, (0, 1, 1, 2, 2)),
         (1, (0, 0, 1, 1, 1)),
     ],
@@ -107,6 +127,28 @@ def test_schedule_of_other_steps(steps, supports):
     for step in range(steps):
         assert 0 <= found.learning_rate(step) <= found.peak_learning_rate
     assert dataclasses.replace(found, supports=rule.supports) == rule
+
+
+@pytest.mark.parametrize(
+    ("steps", "supports"),
+    [
+        (10, (1, 3, 6, 9, 10)),
+        (7, (1, 2, 4, 6, 7)),
+        (5, (1, 2, 3, 4, 5)),
+        (4, (0, 1, 2, 4, 4)),
+    ],
+)
+def test_phases_stay_apart(steps, supports):
+    """A warm-up of a twentieth does not vanish while there are steps for it."""
+    rule = hyperrule.derive(100_000, 24, 24)
+    assert finetune.with_steps(rule, steps).supports == supports
+    for count in (5, 11, 999, rule.steps):
+        found = finetune.with_steps(rule, count).supports
+        assert len({0, *found}) == 6
+        assert list(found) == sorted(found)
+    assert finetune.with_steps(rule, rule.steps) == rule
+    no_warm_up = dataclasses.replace(rule, supports=(0, 3, 6, 9, 10))
+    assert finetune.with_steps(no_warm_up, 5).supports[0] == 0
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1.5])
@@ -136,17 +178,10 @@ def test_what_a_run_leaves(splits, tmp_path):
     assert all(value * 6 == round(value * 6) for value in scored.values())
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
-    (events,) = (tmp_path / "logs").iterdir()
-    found = []
-    for record in tf.data.TFRecordDataset(str(events)):
-        event = tf.compat.v1.Event.FromString(record.numpy())
-        found.append(
-            (event.step, {v.tag: v.simple_value for v in event.summary.value})
-        )
-    assert found[0] == (0, {})
-    assert [step for step, _ in found[1:]] == list(range(1, 11))
-    assert set(found[4][1]) == {"loss", "learning_rate", "validation_top1"}
-    assert found[3][1]["loss"] == pytest.approx(rows[2]["loss"])
+    found = shown(tmp_path / "logs")
+    assert list(found) == list(range(1, 11))
+    assert set(found[4]) == {"loss", "learning_rate", "validation_top1"}
+    assert found[3]["loss"] == pytest.approx(rows[2]["loss"])
     again, later = run(splits, steps=10, output=tmp_path)
     assert later.resumed_from == 10
     assert later.rows == rows
@@ -263,6 +298,11 @@ def test_unbroken_and_resumed(splits, tmp_path, monkeypatch):
     ]
     assert same(model, whole)
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 6
+    logged = shown(tmp_path / "logs")
+    assert list(logged) == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in logged.values()] == pytest.approx(
+        [row["loss"] for row in expected.rows]
+    )
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
         "lock",
         "state.npz",
@@ -355,6 +395,33 @@ def test_restart(splits, tmp_path):
     _, history = run(splits, steps=3, output=tmp_path, restart=True)
     assert (history.resumed_from, len(history.rows)) == (0, 3)
     assert len(list((tmp_path / "logs").iterdir())) == 1
+
+
+def test_restart_spares_what_others_wrote(splits, tmp_path):
+    run(splits, steps=2, output=tmp_path)
+    logs = tmp_path / "logs"
+    others = {
+        "events.out.tfevents.1700000000.host.12.0.v2",
+        "thesis.txt",
+        "events.out.tfevents.00001700000000000000.folder.1",
+    }
+    for name in others:
+        path = logs / name
+        if "folder" in name:
+            path.mkdir()
+        else:
+            path.write_text("mine")
+    (logs / "train").mkdir()
+    (logs / "train" / "events.out.tfevents.1").write_text("mine")
+    before = {path.name for path in logs.iterdir()}
+    run(splits, steps=3, output=tmp_path, restart=True)
+    after = {path.name for path in logs.iterdir()}
+    (old,) = before - after
+    (new,) = after - before
+    assert old not in others
+    assert before & after == others | {"train"}
+    assert (logs / "train" / "events.out.tfevents.1").read_text() == "mine"
+    assert old < new
 
 
 def test_damaged_state(splits, finished, tmp_path):

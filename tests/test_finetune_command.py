@@ -1,17 +1,30 @@
 """`bit-tf finetune`: a folder of pictures → a classifier of one's own."""
 
+import dataclasses
 import json
 import os
+import pathlib
+import re
 import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import toy_hub
 from PIL import Image
 
-from bit_tf import errors, handles, hub, transfer, transfer_run
+from bit_tf import (
+    distribution,
+    errors,
+    handles,
+    hub,
+    hyperrule,
+    transfer,
+    transfer_run,
+)
+from bit_tf.commands import finetune as commands_finetune
 
 SMALL = ["--batch-size", 8, "--steps", 6, "--crop", 16]
 RESULTS = {
@@ -170,10 +183,60 @@ def test_dry_run(finetune, tmp_path, monkeypatch):
     told = values(out)
     assert told["model"] == "BiT-M-R50x1, R50x1, downloaded if need be"
     assert told["batch"] == "8 examples, on 1 device"
-    assert told["learning rate"].startswith("4.688e-05 after 1 steps")
+    assert told["learning rate"] == (
+        "4.688e-05 after 1 step of warm-up, ÷ 10 after 2, 4 "
+        "(6 steps: too few for all decays)"
+    )
     assert not (tmp_path / "out").exists()
     assert {line[14] for line in out.splitlines()} == {" "}
     assert all(line[15] != " " for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("supports", "told"),
+    [
+        (
+            (100, 200, 300, 400, 500),
+            "0.003 after 100 steps of warm-up, ÷ 10 after 200, 300, 400",
+        ),
+        (
+            (1, 2, 2, 3, 5),
+            "0.003 after 1 step of warm-up, ÷ 100 after 2, ÷ 10 after 3",
+        ),
+        (
+            (1, 2, 2, 3, 4),
+            "0.003 after 1 step of warm-up, ÷ 100 after 2 "
+            "(4 steps: too few for all decays)",
+        ),
+        ((0, 0, 1, 1, 1), "0.003 (1 step: too few for all decays)"),
+    ],
+    ids=["whole", "two at once", "last", "one step"],
+)
+def test_schedule_in_words(supports, told):
+    rule = hyperrule.derive(24, 24, 24)
+    rule = dataclasses.replace(rule, supports=supports)
+    assert commands_finetune._schedule(rule) == told
+
+
+def test_frozen_in_dry_run(finetune, call, pictures, small_npz, tmp_path):
+    rest = ("--output", tmp_path / "out", "--dry-run", "--freeze")
+    code, out, err = finetune(*rest, "block[1-3]", model=small_npz)
+    assert code == 0, err
+    model = transfer.classifier(small_npz, 3)
+    names = transfer.trainable_names(model)
+    frozen = [name for name in names if re.search("block[1-3]", name)]
+    assert 0 < len(frozen) < len(names)
+    assert values(out)["frozen"] == (
+        f"'block[1-3]', {len(frozen)} of {len(names)} variables"
+    )
+    code, out, err = finetune(*rest, "blok", model=small_npz)
+    assert code == 1
+    assert "'blok', which matches none" in err
+    assert out == ""
+    code, out, err = finetune(*rest, "blok", model="BiT-M-R50x1")
+    assert code == 0, err
+    assert values(out)["frozen"] == "'blok'"
+    assert not (tmp_path / "out").exists()
 
 
 def test_memory_by_default(call, pictures, tmp_path):
@@ -201,7 +264,6 @@ def test_memory_by_default(call, pictures, tmp_path):
         ([], {"model": "R50x1"}, "--from-scratch"),
         (["--examples-per-class", 9], {}, "9 examples a class"),
         (["--resize", 8, "--no-flip"], {}, "--crop 16 of --resize 8"),
-        (["--freeze", "("], {}, "regular expression"),
         (["--freeze", "nothing"], {}, "matches none"),
         (["--from-scratch"], {}, "Random weights are for"),
     ],
@@ -213,7 +275,6 @@ def test_memory_by_default(call, pictures, tmp_path):
         "architecture",
         "examples",
         "crop",
-        "regex",
         "no match",
         "scratch",
     ],
@@ -240,8 +301,10 @@ def test_refused_before_training(
         ["--base-learning-rate", "nan"],
         ["--seed", -1],
         ["--rule-source", "book"],
+        ["--freeze", "("],
+        ["--freeze", "a{99999999999}"],
     ],
-    ids=lambda value: value[0],
+    ids=lambda value: " ".join(map(str, value)),
 )
 def test_used_wrongly(arguments, finetune, tmp_path):
     code, _, err = finetune("--output", tmp_path / "out", *arguments)
@@ -261,6 +324,90 @@ def test_output_with_other_content(finetune, tmp_path):
     code, _, err = finetune("--output", tmp_path / "thesis.tex" / "out")
     assert code == 1
     assert "cannot be written to" in err
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        ["logs/mine.txt"],
+        ["confusion_matrix.png"],
+        ["state/terraform.tfstate"],
+        ["metrics.json", "thesis.tex"],
+    ],
+    ids=["logs", "chart", "state", "metrics"],
+)
+def test_directory_of_somebody_else(found, finetune, tmp_path):
+    """Names that a run uses do not make it a run's."""
+    for name in found:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for more in ([], ["--restart"]):
+        code, _, err = finetune("--output", tmp_path, *more)
+        assert code == 1
+        assert "--output is a new or empty directory" in err
+    for name in found:
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_result_without_state(finetune, tmp_path, monkeypatch):
+    """It is replaced only with --restart, and then gone at once."""
+    for name in (
+        "model.keras",
+        "metrics.json",
+        "history.jsonl",
+        "mistakes.png",
+    ):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "logs").mkdir()
+    code, _, err = finetune("--output", tmp_path)
+    assert code == 1
+    assert "'model.keras' and no state" in err
+    assert "--restart" in err
+    assert (tmp_path / "metrics.json").read_text() == "old"
+    assert not (tmp_path / "state").exists()
+
+    def fail(*_):
+        raise errors.TrainingError("broken off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bit_tf.training_step.Trainer.step", fail)
+        code, _, err = finetune("--output", tmp_path, "--restart")
+    assert code == 1
+    assert "broken off" in err
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "history.jsonl",
+        "logs",
+        "state",
+    }
+    assert (tmp_path / "history.jsonl").read_text() == ""
+
+
+def test_stream_of_pictures(toy, tmp_path):
+    """A tf.data.Dataset cannot be written to metrics.json; its name can."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (6, 20, 20, 3), dtype=np.uint8)
+    dataset = tf.data.Dataset.from_tensor_slices((pixels, [0, 1] * 3))
+    prepared = transfer_run.prepare(
+        transfer_run.Settings(
+            pathlib.Path(toy),
+            {"train": dataset, "test": dataset},
+            data_dir=tmp_path,
+            batch_size=4,
+            steps=1,
+            crop_size=16,
+        )
+    )
+    transfer_run.run(
+        prepared,
+        tmp_path / "out",
+        strategy=distribution.default(),
+        progress=False,
+    )
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["settings"]["dataset"] == report["dataset"]
+    assert report["settings"]["dataset"] == "tf.data.Dataset"
+    assert report["settings"]["model"] == str(toy)
+    assert report["settings"]["data_dir"] == str(tmp_path)
 
 
 def test_charts_are_asked_for_first(finetune, tmp_path, monkeypatch):

@@ -149,6 +149,29 @@ def test_the_whole_rule():
 
 
 @pytest.mark.parametrize(
+    ("side", "batch_size", "replicas", "parts"),
+    [
+        (480, 512, 1, 16),
+        (480, 512, 4, 4),
+        (480, 32, 1, 1),
+        (480, 33, 1, 2),
+        (480, 2, 4, 1),
+        (32, 512, 1, 2),
+        (32, 450, 1, 1),
+        (32, 451, 1, 2),
+    ],
+)
+def test_micro_batches(side, batch_size, replicas, parts):
+    rule = hyperrule.derive(1000, side, side, batch_size=batch_size)
+    assert hyperrule.micro_batches(rule, replicas) == parts
+
+
+def test_micro_batches_of_no_device():
+    with pytest.raises(ValueError, match="replicas must be 1 or more"):
+        hyperrule.micro_batches(hyperrule.derive(1000, 32, 32), 0)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"examples": 0}, "examples must be 1 or more. Received: 0."),

@@ -101,6 +101,26 @@ def test_a_class_may_be_called_val(tmp_path):
     assert picture_files.from_folder(tmp_path).class_names == ("cat", "val")
 
 
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        ("0 1 2 10 11", "0 1 2 10 11"),
+        ("1 9 10 100", "1 9 10 100"),
+        ("08 9 10", "08 9 10"),
+        ("2 10 x", "10 2 x"),
+    ],
+)
+def test_integers_are_sorted_as_numbers(tmp_path, names, ordered):
+    for name in names.split():
+        save(tmp_path / "train" / name / "0.png")
+        save(tmp_path / "test" / name / "0.png")
+    found = picture_files.from_folder(tmp_path)
+    assert found.class_names == tuple(ordered.split())
+    for split in ("train", "test"):
+        for name, label in listed(found, split):
+            assert name == f"{split}/{found.class_names[label]}/0.png"
+
+
 def test_class_names_fix_the_order(tmp_path):
     for name in ("a", "b"):
         save(tmp_path / name / "0.png")
@@ -257,8 +277,12 @@ def test_damaged_file_is_named(tmp_path, damage):
         {"empty": b"", "text": b"hello", "truncated": data[:-300]}[damage]
     )
     source = picture_files.from_folder(tmp_path).splits["train"]
-    with pytest.raises(errors.ImageDecodeError, match=r"a/bad name\.jpg"):
+    with pytest.raises(
+        errors.ImageDecodeError, match=r"a/bad name\.jpg"
+    ) as caught:
         source.picture(source.read(0), 0)
+    assert "--bad-images skip" in str(caught.value)
+    assert "--bad-images skip --dry-run" in str(caught.value)
 
 
 def test_typical_size(tmp_path):

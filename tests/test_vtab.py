@@ -745,6 +745,45 @@ def test_bad_arguments_come_first(vtab, small_npz, tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("task", "asked", "devices", "parts"),
+    [
+        ("dtd", None, 1, 16),
+        ("dtd", None, 2, 8),
+        ("cifar100", None, 1, 2),
+        ("dtd", 3, 1, 3),
+    ],
+)
+def test_batches_are_divided_to_fit_memory(
+    vtab, quick_run, monkeypatch, task, asked, devices, parts
+):
+    class TrainedError(Exception):
+        pass
+
+    def finetune(model, split, *, micro_batches, **others):
+        raise TrainedError(micro_batches)
+
+    import tensorflow as tf
+
+    monkeypatch.setattr(vtab.finetune, "finetune", finetune)
+    monkeypatch.setattr(
+        type(tf.distribute.get_strategy()), "num_replicas_in_sync", devices
+    )
+    with pytest.raises(TrainedError, match=rf"^{parts}$"):
+        quick_run(task, batch_size=512, micro_batches=asked)
+
+
+def test_several_workers_do_not_wait_for_each_other(vtab, monkeypatch):
+    cluster = {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}
+    task = {"type": "worker", "index": 0}
+    monkeypatch.setenv(
+        "TF_CONFIG", json.dumps({"cluster": cluster, "task": task})
+    )
+    monkeypatch.setattr(vtab.distribution, "strategy", None)
+    with pytest.raises(errors.TrainingError, match=r"2 workers.*TF_CONFIG"):
+        vtab.strategy()
+
+
 def test_a_dataset_that_is_not_there(vtab, tmp_path):
     with pytest.raises(errors.DatasetError, match="svhn_cropped"):
         vtab.load("svhn", data_dir=tmp_path, download=False, progress=False)

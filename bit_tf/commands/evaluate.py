@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from bit_tf import files, presets
+from bit_tf import errors, files, hyperrule, presets
 from bit_tf.commands import program
 
 __all__ = ["register"]
@@ -65,8 +65,7 @@ Instead, with
     parser.add_argument(
         "--bad-images",
         choices=["raise", "skip"],
-        default="raise",
-        help="what happens to pictures that cannot be read (%(default)s)",
+        help="what happens to pictures that cannot be read (raise)",
     )
     features = parser.add_argument_group("features")
     features.add_argument("--probe", action="store_true", help="see above")
@@ -118,7 +117,10 @@ Instead, with
         "--micro-batches",
         type=program.positive,
         metavar="N",
-        help="parts into which a step is split to save memory (1)",
+        help="parts of each device's batch, computed one after the other to "
+        "save memory (default: for each task so many that "
+        f"{hyperrule.AT_ONCE} pictures of 480 × 480 pixels, or as many "
+        "pixels, are computed at once)",
     )
     vtab.add_argument("--seed", type=_natural, help="of training (0)")
     vtab.add_argument(
@@ -158,7 +160,7 @@ def _natural(text: str) -> int:
 def run(args) -> int:
     _check(args)
     if args.output is not None:
-        os.makedirs(args.output, exist_ok=True)
+        _require_output(args.output)
     if args.vtab:
         return _vtab(args)
     if args.probe or args.knn:
@@ -181,6 +183,12 @@ def _check(args) -> None:
     for option, is_given, is_used, user in (
         ("--dataset", args.dataset, not args.vtab, "other scores than --vtab"),
         ("--preset", args.preset, not args.vtab, "other scores than --vtab"),
+        (
+            "--bad-images",
+            args.bad_images,
+            not args.vtab and not args.real,
+            "other scores than --vtab and --real",
+        ),
         ("--split", args.split, args.dataset and not args.real, "--dataset"),
         ("--shots", args.shots, args.probe, "--probe"),
         ("--seeds", args.seeds, args.probe, "--probe"),
@@ -269,9 +277,10 @@ def _vtab(args) -> int:
         data_dir=args.data_dir,
         manual_dir=args.manual_dir,
         batch_size=args.batch_size or 512,
-        micro_batches=args.micro_batches or 1,
+        micro_batches=args.micro_batches,
         steps=args.steps,
         seed=args.seed or 0,
+        strategy=vtab.strategy(),
     )
     return _show(args, result, vtab.markdown(result), written=False)
 
@@ -283,7 +292,7 @@ def _dataset(args):
         args.dataset,
         data_dir=args.data_dir,
         manual_dir=args.manual_dir,
-        bad_images=args.bad_images,
+        bad_images=args.bad_images or "raise",
     )
 
 
@@ -298,7 +307,28 @@ def _show(args, result, markdown: str, written: bool = True) -> int:
     return 0
 
 
+def _require_output(output: str) -> None:
+    """Refuses what is no directory, or that of a fine-tuned model.
+
+    Raises:
+      BitTfError: as said, or nothing can be written there.
+    """
+    program.require_directory(output)
+    trained = [
+        name
+        for name in ("state", "model.keras")
+        if os.path.lexists(os.path.join(output, name))
+    ]
+    if trained:
+        raise errors.BitTfError(
+            "--output is a directory of its own. Received: "
+            f"{output!r}, where 'bit-tf finetune' has written {trained[0]!r} "
+            "and its own results. Name another."
+        )
+
+
 def _write(directory: str, name: str, text: str) -> None:
+    os.makedirs(directory, exist_ok=True)
     with files.new_file(os.path.join(directory, name)) as file:
         file.write(text.encode())
 

@@ -1,12 +1,14 @@
 """`bit-tf finetune`: labelled pictures → a classifier of one's own."""
 
 import argparse
+import collections
 import math
 import os
+import re
 import shlex
 import sys
 
-from bit_tf import errors
+from bit_tf import errors, hyperrule
 from bit_tf.commands import program
 
 __all__ = ["register"]
@@ -23,8 +25,9 @@ _MADE = (
     "reliability.png",
     "mistakes.png",
 )
-# Pictures of 480 × 480 pixels that a device computes at once by default.
-_AT_ONCE = 32
+_STATE = ("state.npz", "lock")
+# By one of these a run's directory is known.
+_RESULTS = ("model.keras", "metrics.json", "history.jsonl")
 
 
 def register(subparsers) -> None:
@@ -156,11 +159,12 @@ def register(subparsers) -> None:
         metavar="N",
         help="parts of each device's batch, computed one after the other to "
         "save memory; the result is the same (default: so many that "
-        f"{_AT_ONCE} pictures of 480 × 480 pixels, or as many pixels, are "
-        "computed at once)",
+        f"{hyperrule.AT_ONCE} pictures of 480 × 480 pixels, or as many "
+        "pixels, are computed at once)",
     )
     training.add_argument(
         "--freeze",
+        type=_expression,
         metavar="REGEX",
         help="variables that are not trained, such as 'root_block|block[1-3]'",
     )
@@ -214,7 +218,7 @@ def register(subparsers) -> None:
 
 def run(args) -> int:
     errors.import_extra("matplotlib.figure", "plot")
-    _require_output(args.output)
+    _require_output(args.output, args.restart)
     program.quiet_tensorflow()
     from bit_tf import distribution
 
@@ -228,9 +232,13 @@ def run(args) -> int:
     from bit_tf import transfer_run
 
     prepared = transfer_run.prepare(_settings(args))
-    micro_batches = args.micro_batches or _parts(prepared.rule, where.replicas)
+    micro_batches = args.micro_batches or hyperrule.micro_batches(
+        prepared.rule, where.replicas
+    )
+    # A run itself looks soon enough, and loads the model once.
+    frozen = transfer_run.frozen(prepared) if args.dry_run else None
     if where.is_chief:
-        _print(_table(args, prepared, where, micro_batches))
+        _print(_table(args, prepared, where, micro_batches, frozen))
     if args.dry_run:
         return 0
     result = transfer_run.run(
@@ -277,18 +285,13 @@ def _settings(args):
     )
 
 
-def _parts(rule, replicas: int) -> int:
-    """Into how many parts a device's batch is divided by default."""
-    at_once = max(1, int(_AT_ONCE * (480 / rule.resolution.crop) ** 2))
-    return math.ceil(max(1, rule.batch_size // replicas) / at_once)
-
-
-def _table(args, prepared, where, micro_batches: int) -> list[tuple[str, str]]:
+def _table(
+    args, prepared, where, micro_batches: int, frozen: tuple[int, int] | None
+) -> list[tuple[str, str]]:
     """What will be done, and what it costs."""
     rule, sizes = prepared.rule, prepared.sizes
     pictures = rule.steps * rule.batch_size
     height, width = prepared.image_size or (0, 0)
-    warm_up, *decays, _ = rule.supports
     at_once = math.ceil(rule.batch_size / where.replicas / micro_batches)
     source = prepared.look
     size = f"{height} × {width} pixels" if height else "of unknown size"
@@ -303,7 +306,7 @@ def _table(args, prepared, where, micro_batches: int) -> list[tuple[str, str]]:
     partly = ""
     if args.precision != "float32" and source.kind in ("hub", "transfer"):
         partly = ", of the head alone: a SavedModel computes as it was saved"
-    devices = f"{where.replicas} device{'s' * (where.replicas > 1)}"
+    devices = _count(where.replicas, "device")
     if where.workers > 1:
         devices += f" of {where.workers} workers"
     rows = [
@@ -319,16 +322,12 @@ def _table(args, prepared, where, micro_batches: int) -> list[tuple[str, str]]:
             f"{prepared.dataset.name}: {len(prepared.class_names)} classes, "
             f"{size}",
         ),
-        *((f"  {name}", f"{count} examples") for name, count in sizes.items()),
+        *((f"  {name}", _count(n, "example")) for name, n in sizes.items()),
         ("pictures", cut),
         ("mixup", f"α {rule.mixup_alpha:g}" if rule.mixup_alpha else "none"),
-        ("batch", f"{rule.batch_size} examples, on {devices}"),
+        ("batch", f"{_count(rule.batch_size, 'example')}, on {devices}"),
         ("  at once", f"{at_once} a device (--micro-batches {micro_batches})"),
-        (
-            "learning rate",
-            f"{rule.peak_learning_rate:.4g} after {warm_up} steps of warm-up, "
-            f"÷ 10 after {', '.join(map(str, decays))}",
-        ),
+        ("learning rate", _schedule(rule)),
         ("precision", args.precision + partly),
         ("steps", str(rule.steps)),
         (
@@ -337,7 +336,34 @@ def _table(args, prepared, where, micro_batches: int) -> list[tuple[str, str]]:
             f"{pictures / rule.examples:.1f} times each",
         ),
     ]
+    if args.freeze is not None:
+        text = repr(args.freeze)
+        if frozen is not None:
+            text += f", {frozen[0]} of {_count(frozen[1], 'variable')}"
+        rows.append(("frozen", text))
     return rows
+
+
+def _schedule(rule) -> str:
+    """How the learning rate goes, in as far as steps feel it."""
+    warm_up, *decays, end = rule.supports
+    text = f"{rule.peak_learning_rate:.4g}"
+    if warm_up:
+        text += f" after {_count(warm_up, 'step')} of warm-up"
+    # The step of a decay's own number has the rate before it.
+    felt = collections.Counter(at for at in decays if at < end - 1)
+    before = None
+    for at, times in felt.items():
+        text += ", " if before == times else f", ÷ {10**times} after "
+        text += str(at)
+        before = times
+    if felt.total() < len(decays):
+        text += f" ({_count(end, 'step')}: too few for all decays)"
+    return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _outcome(output: str, prepared, result) -> list[tuple[str, str]]:
@@ -408,45 +434,58 @@ def _print(rows: list[tuple[str, str]]) -> None:
     sys.stdout.flush()
 
 
-def _require_output(output: str) -> None:
-    """Refuses a directory that holds something else.
+def _require_output(output: str, restart: bool) -> None:
+    """Refuses a directory that holds something else, or a result to keep.
 
     Raises:
-      TrainingError: it does, or is no directory.
+      TrainingError: it does.
+      BitTfError: it is no directory, or cannot be written to.
     """
-    if not os.path.lexists(output):
-        parent = os.path.dirname(os.path.abspath(output))
-        while not os.path.lexists(parent):
-            parent = os.path.dirname(parent)
-        if os.path.isdir(parent) and os.access(parent, os.W_OK):
-            return
-        raise errors.TrainingError(
-            "--output is a directory that can be made. Received: "
-            f"{output!r}, below {parent!r}, which cannot be written to. Name "
-            "another."
-        )
+    program.require_directory(output)
     if not os.path.isdir(output):
-        raise errors.TrainingError(
-            f"--output is a directory. Received: {output!r}, which is a file. "
-            "Name another."
-        )
-    if not os.access(output, os.W_OK):
-        raise errors.TrainingError(
-            f"--output can be written to. Received: {output!r}, which cannot. "
-            "Name another, or change its permissions."
-        )
-    others = sorted(
-        name
-        for name in os.listdir(output)
-        if name not in _MADE and not name.startswith(".")
-    )
-    if others and not os.path.isdir(os.path.join(output, "state")):
+        return
+    found = _visible(output)
+    # Listed later: of several workers another may just make it.
+    if not found or _has_state(output):
+        return
+    results = [name for name in _RESULTS if name in found]
+    if not results or set(found) - set(_MADE):
+        other = next((name for name in found if name not in _MADE), found[0])
         raise errors.TrainingError(
             "--output is a new or empty directory, or that of an earlier run. "
-            f"Received: {output!r}, which has {errors.brief(others[0])}"
-            f"{f' and {len(others) - 1} more' if len(others) > 1 else ''}. "
+            f"Received: {output!r}, which has {errors.brief(other)}"
+            f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}. "
             "Name another."
         )
+    if not restart:
+        raise errors.TrainingError(
+            "A result is replaced only if that is asked for. Received: "
+            f"{output!r}, which has {results[0]!r} and no state to go on from. "
+            "Name another, or discard what is there with --restart."
+        )
+
+
+def _visible(directory: str) -> list[str]:
+    return sorted(
+        name for name in os.listdir(directory) if not name.startswith(".")
+    )
+
+
+def _has_state(output: str) -> bool:
+    """Whether there is a folder "state" with what a run has there."""
+    folder = os.path.join(output, "state")
+    return os.path.isdir(folder) and set(_visible(folder)) <= set(_STATE)
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            "must be a regular expression, such as 'root_block|block[1-3]', "
+            f"not {text!r} ({error})"
+        ) from error
+    return text
 
 
 def _fraction(text: str) -> float:

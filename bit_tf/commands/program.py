@@ -19,7 +19,13 @@ from absl.flags import argparse_flags
 import bit_tf
 from bit_tf import archive, errors
 
-__all__ = ["expect_tensorflow", "positive", "quiet_tensorflow", "run"]
+__all__ = [
+    "expect_tensorflow",
+    "positive",
+    "quiet_tensorflow",
+    "require_directory",
+    "run",
+]
 
 
 def run(
@@ -89,6 +95,39 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return number
+
+
+def require_directory(output: str) -> None:
+    """Refuses an --output that is no directory, nor can be made one.
+
+    Raises:
+      BitTfError: as said, or it cannot be written to.
+    """
+    if not output:
+        raise errors.BitTfError(
+            "--output is a directory. Received: an empty name. Name one."
+        )
+    if not os.path.lexists(output):
+        parent = os.path.dirname(os.path.abspath(output))
+        while not os.path.lexists(parent):
+            parent = os.path.dirname(parent)
+        if os.path.isdir(parent) and os.access(parent, os.W_OK):
+            return
+        raise errors.BitTfError(
+            "--output is a directory that can be made. Received: "
+            f"{output!r}, below {parent!r}, which cannot be written to. Name "
+            "another."
+        )
+    if not os.path.isdir(output):
+        raise errors.BitTfError(
+            f"--output is a directory. Received: {output!r}, which is a file. "
+            "Name another."
+        )
+    if not os.access(output, os.W_OK):
+        raise errors.BitTfError(
+            f"--output can be written to. Received: {output!r}, which cannot. "
+            "Name another, or change its permissions."
+        )
 
 
 def _raise_again(unraisable) -> None:
