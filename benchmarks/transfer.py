@@ -62,7 +62,7 @@ class Settings:
 
     shots: tuple[int, ...] = (1, 5, 10)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     steps: int = 100
     batch_size: int = 25
     epochs: int = 20

@@ -7,7 +7,7 @@ import urllib.request
 
 from bit_tf import errors, handles
 
-__all__ = ["KINDS", "absolute", "as_address", "local_path", "require"]
+__all__ = ["KINDS", "absolute", "as_address", "local_path", "public", "require"]
 
 KINDS = "A model handle is a directory, a .tar.gz archive or a URL."
 
@@ -75,6 +75,26 @@ def require(text: str, what: str) -> None:
             f"{what} is a URL of the form https://host[:port]/path, in UTF-8. "
             f"Received: {errors.brief(plain)}. Correct it."
         ) from None
+
+
+def public(handle: str) -> str:
+    """A handle without user, password, query and fragment.
+
+    Only the query that tensorflow_hub adds itself stays.
+
+    Args:
+      handle: an address or a path.
+    """
+    try:
+        parts = urllib.parse.urlsplit(handle)
+    except ValueError:
+        return re.sub("//[^/]*@", "//", re.split("[?#]", handle)[0])
+    if parts.scheme not in ("http", "https"):
+        return handle
+    host = parts.netloc.rpartition("@")[2]
+    plain = urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", ""))
+    whole = urllib.parse.urlunsplit(parts._replace(netloc=host))
+    return whole if whole == handles.with_query(plain) else plain
 
 
 def local_path(url: str) -> str:

@@ -6,6 +6,8 @@ import numpy as np
 import tensorflow as tf
 
 from bit_tf import errors, hub, images, labels
+from bit_tf.checkpoints import tf_hub
+from bit_tf.presets import Preset
 
 __all__ = ["Classifier"]
 
@@ -17,21 +19,30 @@ class Classifier:
       model_url: a TF-Hub handle, a directory, or a .tar.gz archive, of a model
         with a head. One without the signature image_classification must return
         logits of a published label set (1000 or 21843 classes).
-      preset: how pictures are prepared, a name of images.PRESETS.
+      preset: how pictures are prepared, one or a name of images.PRESETS; None
+        is what the model's card says, or else "big_transfer eval".
 
     Attributes:
+      preset: the one that is used.
       labels: the model's classes; numbers where it names none.
 
     Raises:
       HandleError: there is no such model, or it has no head.
+      CheckpointFormatError: its card is damaged, and `preset` is None.
     """
 
     def __init__(
-        self, model_url: str | os.PathLike, preset: str = "big_transfer eval"
+        self,
+        model_url: str | os.PathLike,
+        preset: str | Preset | None = None,
     ):
         handle = os.fspath(model_url)
-        self.preset = images.preset(preset)
         directory = hub.resolve(model_url)
+        if preset is None:
+            preset = tf_hub.recorded_preset(directory) or "big_transfer eval"
+        self.preset = (
+            preset if isinstance(preset, Preset) else images.preset(preset)
+        )
         model = hub.load(directory)
         self._function, count = hub.picture_function(
             model, "image_classification", "probabilities", handle

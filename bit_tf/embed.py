@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from bit_tf import errors, hub, images, variants
+from bit_tf.presets import Preset
 
 __all__ = ["BitMedium2Vec", "BitSmall2Vec", "ImageEncoder"]
 
@@ -31,8 +32,8 @@ class ImageEncoder:
 
     Args:
       model_url: a TF-Hub handle, a directory, or a .tar.gz archive.
-      preset: how pictures are prepared, a name of images.PRESETS; "tfhub"
-        keeps each one's size, as vectorhub did.
+      preset: how pictures are prepared, one or a name of images.PRESETS;
+        "tfhub" keeps each one's size, as vectorhub did.
 
     Attributes:
       model_url: as passed.
@@ -57,7 +58,9 @@ class ImageEncoder:
     _model_id = "image/bit"
     _description = "BiT image features."
 
-    def __init__(self, model_url: str | os.PathLike, preset: str = "tfhub"):
+    def __init__(
+        self, model_url: str | os.PathLike, preset: str | Preset = "tfhub"
+    ):
         self.model_url = os.fsdecode(model_url)
         if "://" in self.model_url and self.model_url not in self.urls:
             warnings.warn(
@@ -66,7 +69,9 @@ class ImageEncoder:
                 stacklevel=3,
             )
         self.model_name = _model_name(self.model_url)
-        self.preset = images.preset(preset)
+        self.preset = (
+            preset if isinstance(preset, Preset) else images.preset(preset)
+        )
         self.model = hub.load(model_url)
         self._function, self.vector_length = hub.picture_function(
             self.model, "image_feature_vector", "features", self.model_url
@@ -355,7 +360,7 @@ class BitMedium2Vec(ImageEncoder):
     def __init__(
         self,
         model_url: str | os.PathLike = "https://tfhub.dev/google/bit/m-r50x1/1",
-        preset: str = "tfhub",
+        preset: str | Preset = "tfhub",
     ):
         super().__init__(model_url, preset)
 
@@ -370,7 +375,7 @@ class BitSmall2Vec(ImageEncoder):
     def __init__(
         self,
         model_url: str | os.PathLike = "https://tfhub.dev/google/bit/s-r50x1/1",
-        preset: str = "tfhub",
+        preset: str | Preset = "tfhub",
     ):
         super().__init__(model_url, preset)
 

@@ -98,8 +98,8 @@ class LayerSource:
           owner: whose it is, for messages.
 
         Returns:
-          An address or absolute path; and the hash, or None, after a warning,
-          where it cannot be made any more.
+          An address, without what is secret in it, or absolute path; and the
+          hash, or None, after a warning, where it cannot be made any more.
 
         Raises:
           BitTfError: it is of an object.
@@ -121,7 +121,8 @@ class LayerSource:
                 error,
             )
             digest = None
-        return {"handle": self._place, "content_hash": digest}
+        handle = None if self._place is None else addresses.public(self._place)
+        return {"handle": handle, "content_hash": digest}
 
 
 def found(handle: str, content_hash: str | None) -> str:
@@ -149,7 +150,7 @@ def found(handle: str, content_hash: str | None) -> str:
         raise errors.HandleError(
             "A file that names a SavedModel is loaded where that can be "
             f"reached. Received: {error}\nIf it has moved, load the file in a "
-            f"block `{_block(handle)}`."
+            f"block `{_block(handle)}`; commands take --relocate OLD=NEW."
         ) from error
     if content_hash is not None:
         _require(directory, content_hash, handle)
@@ -171,9 +172,9 @@ def _require(directory: str, expected: str, handle: str) -> None:
             f"layer is. Received: {hub_cache.shown(handle)!r}, for which there "
             f"is now {current[:12]}…, and not {str(expected)[:12]}…, in "
             f"{directory!r}. Put the former one back; or, if it lies "
-            f"elsewhere, load the file in a block `{_block(handle)}`. To take "
-            "the one that is there now, make the model anew and load the "
-            "weights into it."
+            f"elsewhere, load the file in a block `{_block(handle)}`; commands "
+            "take --relocate OLD=NEW. To take the one that is there now, make "
+            "the model anew and load the weights into it."
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from bit_tf import addresses, errors
 
-__all__ = ["moved", "relocated"]
+__all__ = ["moved", "moves_in_force", "relocated"]
 
 # The innermost `relocated` comes first.
 _MOVES: contextvars.ContextVar[tuple[dict[str, str], ...]] = (
@@ -28,7 +28,8 @@ def relocated(
     that ends before a "/". What an inner `relocated` does not name, an outer
     one may. Other threads, and the layers that code makes itself, are not
     affected. The layers are of the new handles from then on, also where they
-    are saved.
+    are saved. Users, passwords and queries are not compared: a file has none,
+    and those of a new handle are used.
 
     Args:
       moves: old handle or beginning of handles → new one. A path that is
@@ -40,12 +41,20 @@ def relocated(
     """
     if not isinstance(moves, Mapping):
         raise ValueError(_rule(moves))
-    table = {_place(old): _place(new) for old, new in moves.items()}
+    table = {
+        addresses.public(_place(old)).rstrip("/"): _place(new)
+        for old, new in moves.items()
+    }
     token = _MOVES.set((table, *_MOVES.get()))
     try:
         yield
     finally:
         _MOVES.reset(token)
+
+
+def moves_in_force() -> list[dict[str, str]]:
+    """What the `relocated` around say, the outermost first."""
+    return [dict(table) for table in reversed(_MOVES.get())]
 
 
 def moved(handle: str) -> str:
@@ -54,7 +63,7 @@ def moved(handle: str) -> str:
     Args:
       handle: as a file has it.
     """
-    plain = handle.rstrip("/")
+    plain = addresses.public(handle).rstrip("/")
     for table in _MOVES.get():
         beginnings = [
             old for old in table if old == plain or plain.startswith(f"{old}/")

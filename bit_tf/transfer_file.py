@@ -26,6 +26,8 @@ from bit_tf import (
     labels,
     model_origins,
     models,
+    published,
+    relocation,
 )
 from bit_tf.checkpoints import Facts, json_files, keras_file
 from bit_tf.checkpoints import facts as checkpoint_facts
@@ -37,6 +39,7 @@ __all__ = [
     "is_around_saved_model",
     "load",
     "named",
+    "place",
     "save",
 ]
 
@@ -140,15 +143,11 @@ def load(path: str | os.PathLike[str]) -> tuple[keras.Model, Facts]:
         model: keras.Model = models.from_checkpoint(opened)
         model_origins.note(model, model_origins.of_checkpoint(path, opened))
         return model, named(opened.facts, opened.num_classes)
-    check(path)
-    described = _member(path, keras_file.METADATA)
-    facts = json_files.recorded_facts(
-        f"{path}: {keras_file.METADATA}", described.get(checkpoint_facts.KEY)
-    )
-    if facts is None:
-        raise _refused(path, f"a {keras_file.METADATA} without labels")
-    with _moved(path, described.get(_PARENT)) as handle:
-        logging.info("%s is around the SavedModel %s", path, handle)
+    facts, parent = _recorded(path)
+    with _moved(path, parent) as handle:
+        logging.info(
+            "%s is around the SavedModel %s", path, published.shown(handle)
+        )
         try:
             model = keras.saving.load_model(
                 path, compile=False, safe_mode=False
@@ -191,6 +190,34 @@ def is_around_saved_model(path: str | os.PathLike[str]) -> bool:
         return False
     config = _member(Path(path), keras_file.CONFIG)
     return config.get("registered_name") in (None, "Sequential")
+
+
+def place(path: str | os.PathLike[str], handle: str) -> str:
+    """The handle that `load` uses for one that a file names.
+
+    Args:
+      path: of a file around a SavedModel.
+      handle: as its layer has it.
+
+    Raises:
+      CheckpointFormatError: `load` refuses the file.
+    """
+    path = Path(path)
+    _, parent = _recorded(path)
+    with _moved(path, parent):
+        return relocation.moved(handle)
+
+
+def _recorded(path: Path) -> tuple[Facts, Any]:
+    """(facts, where the SavedModel lies) of a file that `check` passes."""
+    check(path)
+    described = _member(path, keras_file.METADATA)
+    facts = json_files.recorded_facts(
+        f"{path}: {keras_file.METADATA}", described.get(checkpoint_facts.KEY)
+    )
+    if facts is None:
+        raise _refused(path, f"a {keras_file.METADATA} without labels")
+    return facts, described.get(_PARENT)
 
 
 def check(path: Path) -> None:

@@ -23,6 +23,7 @@ from bit_tf import (
     input_pipeline,
     labels,
     metrics,
+    published,
     transfer,
 )
 from bit_tf.checkpoints import Facts
@@ -334,6 +335,7 @@ def _told(prepared: Prepared) -> dict[str, Any]:
     }
     # It may be tf.data.Datasets, which cannot be written.
     found["dataset"] = prepared.dataset.name
+    found["model"] = published.shown(prepared.settings.model)
     return {
         name: os.fspath(value) if isinstance(value, os.PathLike) else value
         for name, value in found.items()

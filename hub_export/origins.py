@@ -14,10 +14,11 @@ from bit_tf import (
     hub,
     keras_layer,
     labels,
+    presets,
     published,
     variants,
 )
-from hub_export import card, entry, golden
+from hub_export import card, description, entry, golden
 
 __all__ = ["Origin", "of"]
 
@@ -32,6 +33,9 @@ class Origin:
       directory: where it lies, or None.
       architecture, output_stride, numerics, citations: as in card.Card.
       is_classifier: whether it says that it returns logits.
+      class_labels: the name of its classes' set, or the classes, or None.
+      probabilities: what it says turns its logits into them, or None.
+      preset: how its pictures were prepared, or None.
       tolerance: the relative error that its golden values allow.
     """
 
@@ -43,6 +47,9 @@ class Origin:
     numerics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     citations: tuple[str, ...] = ()
     is_classifier: bool = False
+    class_labels: str | tuple[labels.Label, ...] | None = None
+    probabilities: str | None = None
+    preset: presets.Preset | None = None
     tolerance: float = 0.0
 
 
@@ -74,10 +81,10 @@ def _of(layer: keras_layer.KerasLayer) -> Origin:
     known = Origin(
         _shown(handle, directory), layer.content_hash, directory=directory
     )
+    classes = None
     with contextlib.suppress(errors.HandleError):
-        classifies = (
-            classifies or labels.read_saved_model(directory) is not None
-        )
+        classes = labels.read_saved_model(directory)
+        classifies = classifies or classes is not None
     said = _read(directory / card.CARD_FILE, card.Card.from_dict)
     if said is not None and _is_sound(said):
         classifies = bool(said.num_classes)
@@ -87,7 +94,15 @@ def _of(layer: keras_layer.KerasLayer) -> Origin:
             output_stride=said.output_stride,
             numerics=said.numerics,
             citations=said.citations,
+            probabilities=said.probabilities,
+            preset=_preset(said),
         )
+        if said.labels in labels.LABEL_SETS and classes == labels.label_set(
+            said.labels
+        ):
+            known = dataclasses.replace(known, class_labels=said.labels)
+        elif classes is not None and len(classes) == said.num_classes:
+            known = dataclasses.replace(known, class_labels=classes)
     elif (found := _checkpoint(directory)) is not None:
         row = variants.find_architecture(found.blocks, found.stem_width)
         known = dataclasses.replace(
@@ -144,7 +159,17 @@ def _is_sound(said: card.Card) -> bool:
         and (said.output_stride is None or type(said.output_stride) is int)
         and isinstance(said.numerics, dict)
         and all(isinstance(paper, str) for paper in said.citations)
+        and said.probabilities in (None, "softmax", "sigmoid")
+        and (said.labels is None or isinstance(said.labels, str))
     )
+
+
+def _preset(said: card.Card) -> presets.Preset | None:
+    """A card's preset; None where that is not one."""
+    try:
+        return description.recommended_preset(said)
+    except (TypeError, ValueError):
+        return None
 
 
 def _checkpoint(directory: pathlib.Path) -> checkpoints.Checkpoint | None:

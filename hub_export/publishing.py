@@ -22,7 +22,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from bit_tf import archive, errors, files, handles, labels, published, variants
+from bit_tf import (
+    archive,
+    errors,
+    files,
+    handles,
+    labels,
+    published,
+    relocation,
+    variants,
+)
 from hub_export import (
     card,
     documentation,
@@ -490,7 +499,7 @@ def _stage(
     say(f"Making a SavedModel of {job.name} …")
     around = sources.around_saved_model(job.source)
     if around is not None:
-        say(f"Note: {around}")
+        say(f"Note: {around.note()}")
     for note in _make(job, staging):
         say(f"Note: {note}")
     publication = _publication(job, handle, model)
@@ -537,6 +546,7 @@ def _make(job: _Job, staging: pathlib.Path) -> list[str]:
         "probabilities": options.probabilities,
         "l2": options.l2,
         "numerics": options.numerics,
+        "moves": relocation.moves_in_force(),
     }
     path = staging / _REQUEST
     with (
@@ -770,7 +780,10 @@ def _work(directory: str, answer: Callable[[Any], None]) -> None:
     folder = pathlib.Path(directory)
     request = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
     try:
-        notes = _convert(folder / handles.MODEL_FOLDER, **request)
+        with contextlib.ExitStack() as stack:
+            for moves in request.pop("moves"):
+                stack.enter_context(relocation.relocated(moves))
+            notes = _convert(folder / handles.MODEL_FOLDER, **request)
     except (errors.BitTfError, OSError, MemoryError) as error:
         answer({"error": _told(error), "notes": []})
     else:

@@ -19,8 +19,10 @@ from bit_tf import (
     errors,
     images,
     keras_layer,
+    models,
     variants,
 )
+from bit_tf.checkpoints import layout, rename
 from hub_export import card, golden, origins, reusable
 
 __all__ = ["Model", "is_around"]
@@ -66,6 +68,7 @@ class Model:
       parents: what the SavedModels inside were loaded from.
       directories: where these lie.
       notes: what is worth saying of them.
+      told: what is known of the SavedModel that the model is alone.
 
     Raises:
       ExportError: it is no such model.
@@ -82,6 +85,7 @@ class Model:
         pictures, tried = self._try()
         known = {id(layer): origins.of(layer) for layer in self._layers}
         self._origin = known[id(self._one)] if self._one else None
+        self._is_plain = self._is_its_network(pictures, tried)
         head = logits or (
             known[id(self._layers[0])].is_classifier
             if tried.alone
@@ -90,14 +94,18 @@ class Model:
         if head:
             _require_logits(model)
         features: Any = tried.output
+        # Those of a classifier inside are what comes before its logits.
+        self._taps = head and (tried.alone or self._output == "logits")
         if head:
             features = tried.inner
-            if tried.alone:
+            if self._taps:
                 features = tried.endpoints.get(_FEATURES)
         if features is not None and len(features.shape) != 2:
             features = None
         self._has_features = features is not None
-        self._alone = tried.alone
+        self.told = origins.Origin()
+        if tried.alone and self._origin is not None:
+            self.told = self._origin
         self.num_classes = int(tried.output.shape[-1]) if head else 0
         self.feature_dim = 0 if features is None else int(features.shape[-1])
         tolerances = [origin.tolerance for origin in known.values()]
@@ -141,7 +149,9 @@ class Model:
         All layers are traced as if none was frozen, and what may be trained
         is: freezing is the consumer's. Variables beside the SavedModels have
         the names that they would have without the model around their layer:
-        with another no reader would take them for parts of a BiT-ResNet. The
+        with another no reader would take them for parts of a BiT-ResNet.
+        Those of a BiT-ResNet inside are named otherwise where the model
+        computes more than it and a head, so that nobody reads it as that. The
         model is left as it was.
 
         Args:
@@ -152,12 +162,20 @@ class Model:
           ExportError: it cannot be traced; or it has penalties of its own
             beside `l2`.
         """
-        own = _values(self._own_weights())
+        prefix = f"{self._model.name}/"
+        names = {
+            variable.ref(): name.removeprefix(prefix)
+            for variable, name in _names(_values(self._own_weights()))
+        }
+        if not self._is_plain:
+            inner = [v for layer in self._layers for v in layer.weights]
+            names |= {
+                variable.ref(): name.replace("/", ".")
+                for variable, name in _names(_values(inner))
+                if _is_claimed(name)
+            }
         # Functions are traced once more while they are saved.
-        with (
-            _thawed(self._model, self._layers),
-            _renamed(own, f"{self._model.name}/"),
-        ):
+        with _thawed(self._model, self._layers), _renamed(names):
             parts = self._parts(l2)
             try:
                 objects = reusable.assemble(parts, probabilities)
@@ -208,9 +226,11 @@ class Model:
         """
         origin = self._origin or origins.Origin()
         row = variants.ARCHITECTURES.get(origin.architecture)
-        is_row = row is not None and (self.feature_dim, params) == (
-            row.feature_dim,
-            row.count_params(self.num_classes),
+        is_row = (
+            self._is_plain
+            and row is not None
+            and (self.feature_dim, params)
+            == (row.feature_dim, row.count_params(self.num_classes))
         )
         return card.Card(
             architecture=origin.architecture if is_row else "custom",
@@ -271,6 +291,52 @@ class Model:
                 break
         return pictures, found
 
+    def _is_its_network(self, pictures: np.ndarray, tried: "_Run") -> bool:
+        """Whether a reader of the weights would compute what the model does.
+
+        So it is where the SavedModel inside is given the pictures as they are,
+        and what it returns is the output, or one linear layer's input.
+        """
+        layer = self._one
+        if (
+            layer is None
+            or layer._signature is not None
+            or tried.inputs is None
+            or not np.array_equal(
+                _numbers(tried.inputs), images.as_float(pictures)
+            )
+        ):
+            return False
+        if tried.alone:
+            return self._output is not None or not tried.endpoints
+        others = [
+            other
+            for other in self._model._flatten_layers(include_self=False)
+            if other is not layer
+            and not isinstance(other, keras.Model | keras.layers.InputLayer)
+        ]
+        if others and isinstance(others[0], models.Head):
+            others.remove(others[0].dense)
+            head = others[0].dense
+        else:
+            head = others[0] if others else None
+        if (
+            len(others) != 1
+            or not isinstance(head, keras.layers.Dense)
+            or head.activation is not keras.activations.linear
+            or (tried.endpoints and self._output != _FEATURES)
+        ):
+            return False
+        expected = _numbers(tried.inner) @ np.asarray(head.kernel)
+        if head.bias is not None:
+            expected += np.asarray(head.bias)
+        found = _numbers(tried.output)
+        if expected.shape != found.shape:
+            return False
+        tolerance = max(map(golden.tolerance, self._compute_dtypes()))
+        scale = max(float(np.abs(found).max()), 1e-6)
+        return float(np.abs(expected - found).max()) <= tolerance * scale
+
     def _run(self, pictures, training: bool, endpoints: bool) -> "_Run":
         """Runs the model, and looks at the SavedModel inside while it does.
 
@@ -279,7 +345,7 @@ class Model:
           training: as of any Keras model.
           endpoints: whether the SavedModel's endpoints are wanted.
         """
-        calls: list[tuple[Any, Mapping[str, Any]]] = []
+        calls: list[tuple[Any, Any, Mapping[str, Any]]] = []
         layer = self._one
         if layer is None:
             return _Run(self._model(pictures, training=training))
@@ -296,7 +362,7 @@ class Model:
                 outputs = tf.cast(found[self._output], layer.compute_dtype)
             else:
                 outputs = run(inputs, training=training)
-            calls.append((outputs, found))
+            calls.append((inputs, outputs, found))
             return outputs
 
         layer.call = call  # type: ignore[method-assign]
@@ -306,23 +372,28 @@ class Model:
             del layer.call
         if len(calls) != 1:
             return _Run(output)
-        inner, found = calls[0]
+        inputs, inner, found = calls[0]
         graph = getattr(output, "graph", None)
         if not tf.is_tensor(inner) or getattr(inner, "graph", None) != graph:
             # Made in a function of the model's own, and known there alone.
             return _Run(output)
-        return _Run(output, inner, found, inner is output)
+        return _Run(output, inner, found, inner is output, inputs)
 
     def _call(self, pictures, training):
-        taps = self._has_features and self._alone and bool(self.num_classes)
-        found = self._run(pictures, training, taps)
+        taps = self._has_features and self._taps
+        return self._outputs(self._run(pictures, training, taps))
+
+    def _outputs(self, found: "_Run") -> dict[str, Any]:
+        """The output, and the features where there are any."""
         output = tf.cast(found.output, tf.float32)
         output.set_shape([None, self._width])
         outputs = {"output": output}
         if self._has_features:
             features = output
             if self.num_classes:
-                features = found.endpoints[_FEATURES] if taps else found.inner
+                features = found.inner
+                if self._taps:
+                    features = found.endpoints[_FEATURES]
                 features = tf.cast(features, tf.float32)
                 features.set_shape([None, self.feature_dim])
             outputs["features"] = features
@@ -333,11 +404,13 @@ class Model:
         outputs = {
             name: tf.cast(value, tf.float32)
             for name, value in found.endpoints.items()
-            if name != "logits"
+            if name not in _OUTPUTS
         }
+        own = self._outputs(found)
+        if self._has_features:
+            outputs[_FEATURES] = own["features"]
         if self.num_classes:
-            outputs["logits"] = tf.cast(found.output, tf.float32)
-            outputs["logits"].set_shape([None, self._width])
+            outputs["logits"] = own["output"]
         return outputs
 
     def _losses(self) -> list[Callable[[], Any]]:
@@ -372,12 +445,14 @@ class _Run:
       inner: of the SavedModel inside, where there is one that ran once.
       endpoints: its endpoints, where they were asked for and are there.
       alone: whether the model returns what the SavedModel returned.
+      inputs: of the SavedModel inside, where `inner` is known.
     """
 
     output: Any
     inner: Any = None
     endpoints: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     alone: bool = False
+    inputs: Any = None
 
 
 def _inner_layers(model: keras.Model) -> list[keras_layer.KerasLayer]:
@@ -489,22 +564,34 @@ def _thawed(
             thing.trainable = flag
 
 
+def _names(
+    variables: Sequence[tf.Variable],
+) -> Iterator[tuple[tf.Variable, str]]:
+    """(variable, name) of those that have one; a strategy's have none."""
+    for variable in variables:
+        if name := getattr(variable, "_handle_name", ""):
+            yield variable, name
+
+
+def _is_claimed(name: str) -> bool:
+    """Whether a reader of checkpoints takes a name for BiT's, in any scope."""
+    parts = rename.google_spelling(name.removesuffix(":0")).split("/")
+    return any(
+        layout.claims("/".join(parts[start:])) for start in range(len(parts))
+    )
+
+
 @contextlib.contextmanager
-def _renamed(variables: Sequence[tf.Variable], prefix: str) -> Iterator[None]:
-    """Takes a prefix from the names of variables."""
-    # A strategy's variables have none of their own.
-    renamed = [
-        variable
-        for variable in variables
-        if getattr(variable, "_handle_name", "").startswith(prefix)
-    ]
+def _renamed(names: Mapping[Any, str]) -> Iterator[None]:
+    """Gives variables other names while the block runs."""
+    before = {key: key.deref()._handle_name for key in names}
     try:
-        for variable in renamed:
-            variable._handle_name = variable._handle_name.removeprefix(prefix)
+        for key, name in names.items():
+            key.deref()._handle_name = name
         yield
     finally:
-        for variable in renamed:
-            variable._handle_name = prefix + variable._handle_name
+        for key, name in before.items():
+            key.deref()._handle_name = name
 
 
 def _resources(layers: Sequence[keras_layer.KerasLayer]) -> list[Any]:

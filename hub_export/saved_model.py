@@ -24,7 +24,7 @@ from bit_tf import (
     variants,
 )
 from bit_tf.checkpoints import keras_file
-from hub_export import card, golden, reexport, reusable, sources
+from hub_export import card, golden, origins, reexport, reusable, sources
 
 __all__ = ["convert", "export"]
 
@@ -71,7 +71,8 @@ def export(
     files. What the model adds is a head, and the output logits, if that has
     weights; else, and of a SavedModel of features alone, the output is
     features. image_feature_vector is there if one vector a picture comes from
-    one SavedModel inside.
+    one SavedModel inside. Of a model that is one SavedModel alone, labels,
+    probabilities and preset are that one's unless others are given.
 
     Args:
       model: from create_model or load_model; or a Keras model of pictures
@@ -118,11 +119,13 @@ def export(
     _check_target(path, overwrite)
     provenance = provenance or card.Provenance(versions=card.versions())
     found: _ResNet | reexport.Model
+    told = origins.Origin()
     if isinstance(model, models.ResNetV2):
         found = _ResNet(model)
     elif reexport.is_around(model):
         named = class_labels not in (None, "auto")
         found = reexport.Model(model, logits=named or bool(probabilities))
+        told = found.told
         for directory in found.directories:
             sources.require_apart(path, directory)
         provenance = dataclasses.replace(
@@ -137,10 +140,13 @@ def export(
             f"Received: {type(model).__name__}."
         )
     if isinstance(class_labels, str) and class_labels == "auto":
-        class_labels = labels.of_count(found.num_classes)
+        class_labels = told.class_labels or labels.of_count(found.num_classes)
     classes = _labels(class_labels, found.num_classes)
     if probabilities is None:
-        probabilities = labels.activation(found.num_classes)
+        probabilities = told.probabilities or labels.activation(
+            found.num_classes
+        )
+    preset = preset or told.preset
     with _staged(path, overwrite) as staging:
         with found.objects(probabilities, l2) as objects:
             tf.saved_model.save(

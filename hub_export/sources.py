@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from bit_tf import checkpoints, errors, published
@@ -25,8 +25,24 @@ class Around(NamedTuple):
     path: pathlib.Path
     handles: tuple[str, ...]
 
-    def __str__(self) -> str:
-        named = " and ".join(self.handles)
+    def note(self) -> str:
+        """What is fetched and run to convert it, for people.
+
+        Raises:
+          ExportError: `bit_tf.transfer.load` refuses the file.
+        """
+        from bit_tf import transfer_file
+
+        try:
+            used = [
+                transfer_file.place(self.path, handle)
+                for handle in _handles(keras_file.config(self.path))
+            ]
+        except errors.CheckpointFormatError as error:
+            raise errors.ExportError(
+                f"{error} Then write it with hub_export.export(model, path)."
+            ) from error
+        named = " and ".join(_shown(used))
         return f"{self.path.name} is around {named}, which is fetched and run."
 
 
@@ -49,10 +65,13 @@ def around_saved_model(source: str | os.PathLike) -> Around | None:
         path = published.locate(source).path
     if not path.is_file() or not keras_file.sniff(path):
         return None
-    config = keras_file.config(path)
-    shown = map(published.shown, _handles(config))
-    handles = tuple(dict.fromkeys(map(layout.printable, shown)))
+    handles = _shown(_handles(keras_file.config(path)))
     return Around(path, handles) if handles else None
+
+
+def _shown(handles: Iterable[str]) -> tuple[str, ...]:
+    shown = map(published.shown, handles)
+    return tuple(dict.fromkeys(map(layout.printable, shown)))
 
 
 def _handles(config: Any) -> Iterator[str]:

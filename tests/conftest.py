@@ -1,8 +1,12 @@
 """Fixtures: small checkpoints and exports, made once a session."""
 
 import os
+import signal
 import sys
 
+# A shell's background jobs ignore Ctrl-C, which some tests send themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

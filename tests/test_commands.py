@@ -1,15 +1,22 @@
 """The command lines, in this process (see `call`) and in fresh ones."""
 
+import contextvars
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import types
 
 import helpers
 import numpy as np
 import pytest
 
 import bit_tf
+from bit_tf import errors, images, presets, relocation
+from bit_tf.checkpoints import tf_hub
+from hub_export import fresh_process, publishing
 
 
 def test_models(call):
@@ -137,6 +144,107 @@ def test_classify(call, small_export, photos, tmp_path):
     ]
     assert "none.png" in bad["source"]
     assert "none.png" in err
+
+
+@pytest.mark.parametrize("command", ["classify", "embed"])
+@pytest.mark.parametrize("recorded", [None, "big_transfer eval 128"])
+def test_the_models_own_preset(
+    command,
+    recorded,
+    call,
+    photos,
+    monkeypatch,
+    small_export,
+    features_export,
+    tmp_path,
+):
+    """Unless told otherwise, pictures are prepared as the card says."""
+    model = tmp_path / "model"
+    shutil.copytree(
+        small_export if command == "classify" else features_export, model
+    )
+    card = model / tf_hub.CARD_FILE
+    said = json.loads(card.read_text())
+    said["preset"] = recorded and dataclasses.asdict(presets.preset(recorded))
+    card.write_text(json.dumps(said))
+    used = []
+    preprocess = images.preprocess
+    monkeypatch.setattr(
+        images,
+        "preprocess",
+        lambda image, preset: (
+            used.append(preset.name) or preprocess(image, "tfhub")
+        ),
+    )
+    options = ("bit-tf", command, photos[0], "--model", model)
+    assert call(*options)[0] == 0
+    assert call(*options, "--preset", "timm in1k")[0] == 0
+    assert used == [recorded or "big_transfer eval", "timm in1k"]
+    said["preset"] = "big_transfer eval"
+    card.write_text(json.dumps(said))
+    code, _, err = call(*options)
+    assert code == 1
+    assert "Remove or correct it" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "step"),
+    [
+        (("bit-tf", "evaluate", "--dataset", "x", "--model", "x"), "_check"),
+        (
+            ("bit-tf", "finetune", "--model=x", "--dataset=x", "--output=x"),
+            "_require_output",
+        ),
+        (("hub-export", "convert", "x", "y"), "program.quiet_tensorflow"),
+        (("hub-export", "publish", "x", "--repository", "y"), "_problem"),
+    ],
+    ids=["evaluate", "finetune", "convert", "publish"],
+)
+def test_relocate(arguments, step, call, monkeypatch):
+    """The moves are in force while the command runs, and no longer."""
+    seen = []
+
+    def stop(*_):
+        seen.append(relocation.moved("https://old.example/x/1"))
+        seen.append(relocation.moved("/a/x"))
+        raise errors.BitTfError("far enough")
+
+    package = arguments[0].replace("-", "_")
+    monkeypatch.setattr(f"{package}.commands.{arguments[1]}.{step}", stop)
+    options = ("--relocate", "https://old.example=/m", "--relocate", "/a=/b")
+    code, _, err = call(*arguments, *options)
+    assert (code, seen) == (1, ["/m/x/1", "/b/x"]), err
+    assert relocation.moved("/a/x") == "/a/x"
+    code, _, err = call(*arguments, "--relocate", "/a")
+    assert code == 2
+    assert "must be OLD=NEW" in err
+
+
+def test_moves_reach_the_process_that_publishes(tmp_path, monkeypatch):
+    seen = []
+
+    def fresh(module, directory, **_):
+        answers = []
+        clean = contextvars.Context()
+        clean.run(publishing._work, str(directory), answers.append)
+        return fresh_process.Outcome(answers[0], None)
+
+    monkeypatch.setattr(fresh_process, "call", fresh)
+    monkeypatch.setattr(
+        publishing,
+        "_convert",
+        lambda path, **_: seen.append(relocation.moved("/a/x")) or [],
+    )
+    monkeypatch.setattr(publishing, "_SAME_EVERYWHERE", {})
+    job = types.SimpleNamespace(
+        source="x", head=False, options=publishing.Options()
+    )
+    with (
+        relocation.relocated({"/a": "/outer"}),
+        relocation.relocated({"/a": "/b"}),
+    ):
+        assert publishing._make(job, tmp_path) == []
+    assert seen == ["/b/x"]
 
 
 def test_convert(call, small_npz, tmp_path):

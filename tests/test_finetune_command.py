@@ -410,6 +410,30 @@ def test_stream_of_pictures(toy, tmp_path):
     assert report["settings"]["data_dir"] == str(tmp_path)
 
 
+def test_no_password_is_written(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("bit_tf.hub.resolve", lambda handle: str(toy))
+    pixels = np.zeros((4, 20, 20, 3), np.uint8)
+    prepared = transfer_run.prepare(
+        transfer_run.Settings(
+            "https://me:secret@hub.example/toy/1?token=secret",
+            tf.data.Dataset.from_tensor_slices((pixels, [0, 1] * 2)),
+            batch_size=2,
+            steps=1,
+            crop_size=16,
+        )
+    )
+    transfer_run.run(
+        prepared,
+        tmp_path / "out",
+        strategy=distribution.default(),
+        progress=False,
+    )
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["settings"]["model"] == "https://hub.example/toy/1"
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+
+
 def test_charts_are_asked_for_first(finetune, tmp_path, monkeypatch):
     def missing(module, extra):
         raise errors.MissingExtraError(f"pip install 'bit-tf[{extra}]'")

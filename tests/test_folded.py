@@ -163,6 +163,7 @@ def test_global_settings_do_not_matter(pictures):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_stock_process_loads_the_file(tmp_path, pictures):
     model = filled(numerics="big_vision", output_stride=16)
     folded.write(model, tmp_path / "a.keras")

@@ -11,13 +11,24 @@ import zipfile
 
 import foreign
 import helpers
+import keras
 import numpy as np
 import pytest
+import toy_hub
 
 import bit_tf
-from bit_tf import checkpoints, errors, labels, models, presets
+from bit_tf import (
+    checkpoints,
+    errors,
+    hub,
+    labels,
+    models,
+    presets,
+    transfer,
+)
 from bit_tf.checkpoints import Facts, layout
 from hub_export import formats, saved_model
+from hub_export.sources import around_saved_model
 
 BLOCKS, WIDTH, CLASSES = (1, 2, 1, 3), 32, 10
 WRITTEN = {
@@ -346,6 +357,33 @@ def test_a_conversion_spares_its_source(small_npz, tmp_path):
     assert (precious / "x").read_text() == "x"
 
 
+def test_a_model_that_moved_with_its_saved_model(tmp_path):
+    """The note tells the place that is used."""
+    (tmp_path / "old").mkdir()
+    handle = toy_hub.save(tmp_path / "old" / "hub")
+    model = transfer.classifier(handle, 2)
+    transfer.save(model, tmp_path / "old" / "m.keras", Facts(labels=NAMES[:2]))
+    (tmp_path / "old").rename(tmp_path / "new")
+    found = around_saved_model(tmp_path / "new" / "m.keras")
+    assert found.handles == (handle,)
+    assert found.note() == (
+        f"m.keras is around {tmp_path / 'new' / 'hub'}, which is fetched and "
+        "run."
+    )
+
+
+def test_a_model_of_ones_own_around_a_saved_model(call, tmp_path):
+    layer = hub.KerasLayer(toy_hub.save(tmp_path / "hub"))
+    layers = [keras.Input((None, None, 3)), layer, keras.layers.Dense(2)]
+    keras.Sequential(layers).save(tmp_path / "own.keras")
+    code, _, err = call(
+        "hub-export", "convert", tmp_path / "own.keras", tmp_path / "out"
+    )
+    assert code == 1
+    assert "fetched and run" not in err
+    assert "hub_export.export(model, path)" in err
+
+
 def test_the_formats_of_the_command():
     from hub_export.commands import convert
 
@@ -376,6 +414,7 @@ def test_labels_of_a_written_directory(call, tmp_path):
     assert checkpoints.read(tmp_path / "b.safetensors").facts.labels is None
 
 
+@pytest.mark.slow
 def test_an_export_records_where_the_constants_came_from(
     small_arrays, tmp_path
 ):

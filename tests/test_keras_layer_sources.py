@@ -291,6 +291,16 @@ MOVES = [
         {"/m": "google/bit/m-r50x1/1"},
         "https://tfhub.dev/google/bit/m-r50x1/1",
     ),
+    (
+        "https://me:secret@a.example/x/1?token=secret",
+        {"https://a.example/x/1": "/m"},
+        "/m",
+    ),
+    (
+        "https://a.example/x/1",
+        {"https://me:secret@a.example": "https://you:other@b.example"},
+        "https://you:other@b.example/x/1",
+    ),
 ]
 
 

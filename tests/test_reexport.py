@@ -254,6 +254,68 @@ def test_it_reads_as_a_checkpoint(bit):
     assert helpers.relative_error(again(FLOATS), model(FLOATS)) <= 1e-5
 
 
+def squared(layer):
+    return [keras.layers.Lambda(lambda t: t**2), layer, models.Head(3)]
+
+
+def normalized_features(layer):
+    return [layer, keras.layers.UnitNormalization()]
+
+
+@pytest.mark.parametrize("layers", [squared, normalized_features])
+def test_what_computes_more_reads_as_no_checkpoint(
+    features_export, tmp_path, layers
+):
+    model = keras.Sequential(
+        [keras.Input((None, None, 3)), *layers(KerasLayer(features_export))]
+    )
+    before = [weight.value.name for weight in model.weights]
+    found = export(model, tmp_path / "out")
+    assert [weight.value.name for weight in model.weights] == before
+    result = found(tf.constant(FLOATS))
+    np.testing.assert_allclose(result, model(FLOATS), 1e-4, 1e-6)
+    assert card.read(tmp_path / "out")[0]["architecture"] == "custom"
+    with pytest.raises(errors.CheckpointError):
+        checkpoints.read(tmp_path / "out")
+
+
+def test_a_head_on_top_of_a_classifier(tmp_path, small_export):
+    """Its features are those of the classifier, not its logits."""
+    model = keras.Sequential(
+        [
+            keras.Input((None, None, 3)),
+            KerasLayer(small_export),
+            keras.layers.Dense(4),
+        ]
+    )
+    found = export(model, tmp_path / "out")
+    assert card.read(tmp_path / "out")[0]["feature_dim"] == 1024
+    endpoints = found.endpoints(tf.constant(FLOATS))
+    assert endpoints["pre_logits"].shape == (2, 1024)
+    np.testing.assert_allclose(endpoints["logits"], model(FLOATS), 1e-4, 1e-5)
+    features = found.signatures["image_feature_vector"](tf.constant(FLOATS))
+    np.testing.assert_allclose(
+        features["features"], endpoints["pre_logits"], 1e-4, 1e-5
+    )
+
+
+def test_a_classifier_alone_stays_what_it_was(toy, tmp_path):
+    preset = presets.PRESETS["big_transfer eval 128"]
+    export(
+        around(toy),
+        tmp_path / "first",
+        class_labels=NAMES,
+        probabilities="sigmoid",
+        preset=preset,
+    )
+    export(around(tmp_path / "first", head=False), tmp_path / "out")
+    first, said = (card.read(tmp_path / name)[0] for name in ("first", "out"))
+    for name in ("labels", "preset", "probabilities", "num_classes"):
+        assert said[name] == first[name]
+    assert said["probabilities"] == "sigmoid"
+    assert labels.read_saved_model(tmp_path / "out") == NAMES
+
+
 def test_batch_normalization_of_another_publisher(toy, tmp_path):
     model = around(toy)
     found = export(model, tmp_path / "out")

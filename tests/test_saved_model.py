@@ -286,6 +286,7 @@ def fine_tune(export, model, size, tmp_path):
     return json.loads(output.splitlines()[-1]), worst
 
 
+@pytest.mark.slow
 def test_fine_tuning_in_tf_keras(features_export, small_npz, tmp_path):
     model = bit_tf.load_model(small_npz, head=False)
     report, worst = fine_tune(features_export, model, (40, 33), tmp_path)
@@ -368,6 +369,7 @@ def test_an_export_is_never_written_over(small_npz, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.slow
 def test_nothing_appears_when_verification_fails(
     small_npz, tmp_path, monkeypatch
 ):
@@ -393,6 +395,7 @@ def test_nothing_appears_on_a_full_disk(small_npz, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_export_killed_midway_leaves_nothing_at_its_path(
     small_npz, tmp_path
 ):
@@ -444,6 +447,7 @@ def test_golden_values_find_damage(small_export, tmp_path):
         golden.check(copy)
 
 
+@pytest.mark.slow
 def test_a_new_head_still_has_its_backbone_checked(tmp_path, monkeypatch):
     """Its logits are all zero, so features are compared as well."""
     model = bit_tf.create_model("testing", 3)
@@ -459,6 +463,7 @@ def test_a_new_head_still_has_its_backbone_checked(tmp_path, monkeypatch):
         saved_model.export(model, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_mixed_precision_exports_float32_outputs(small_npz, tmp_path):
     model = bit_tf.load_model(small_npz, dtype="mixed_bfloat16")
     saved_model.export(model, tmp_path / "out")

@@ -259,6 +259,23 @@ def test_file_of_a_hub(of_toy, hub_file):
         assert all(not info.compress_type for info in archive.infolist())
 
 
+def test_no_file_has_a_password(tmp_path, monkeypatch):
+    directory = toy_hub.save(tmp_path / "toy")
+    monkeypatch.setattr("bit_tf.hub.resolve", lambda handle: directory)
+    handle = "https://me:secret@hub.example/toy/1?token=secret"
+    model = transfer.classifier(handle, 3)
+    path = tmp_path / "model.keras"
+    transfer.save(model, path, FACTS)
+    with zipfile.ZipFile(path) as archive:
+        members = [archive.read(name) for name in archive.namelist()]
+    assert not any(b"secret" in content for content in members)
+    assert sum(b"https://hub.example/toy/1" in text for text in members) == 2
+    # Who loads it gives the password anew.
+    with hub.relocated({"https://hub.example": "https://me:new@hub.example"}):
+        found, _ = transfer.load(path)
+    assert found.layers[0].handle == "https://me:new@hub.example/toy/1"
+
+
 def test_moved_together(tmp_path):
     """An output folder finds its SavedModel where both were moved."""
     (tmp_path / "old" / "out").mkdir(parents=True)

@@ -530,6 +530,7 @@ def quick_run(vtab, mock_data, small_npz, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_run_and_resume(vtab, quick_run, monkeypatch, tmp_path):
     output = tmp_path / "vtab"
     results = quick_run("svhn", output)

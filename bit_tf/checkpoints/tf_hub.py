@@ -35,7 +35,14 @@ from bit_tf.checkpoints import (
 )
 from bit_tf.checkpoints.facts import Facts
 
-__all__ = ["CARD_FILE", "LOOKS_FOR", "NAME", "read", "sniff"]
+__all__ = [
+    "CARD_FILE",
+    "LOOKS_FOR",
+    "NAME",
+    "read",
+    "recorded_preset",
+    "sniff",
+]
 
 NAME = "tf_hub"
 LOOKS_FOR = "a SavedModel directory, nor a tar archive of one"
@@ -427,6 +434,37 @@ def _saved_names(root: Path, paths: Collection[str]) -> dict[str, str]:
         for number, path in _paths(nodes, named)
         if path in paths
     }
+
+
+def recorded_preset(directory: str | os.PathLike) -> presets.Preset | None:
+    """How pictures are prepared for a model, as its card says.
+
+    Args:
+      directory: of a SavedModel, also of one that is not BiT's.
+
+    Returns:
+      None where it has no card, or one that does not say it.
+
+    Raises:
+      CheckpointFormatError: its card is damaged.
+    """
+    file = Path(directory) / CARD_FILE
+    if not file.is_file():
+        return None
+    try:
+        with open(file, "rb") as opened:
+            said = json_files.json_object(opened.read(_MAX_CARD)).get("preset")
+        if said is None:
+            return None
+        found = presets.Preset(**said)
+        found.check()
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise errors.CheckpointFormatError(
+            f"{CARD_FILE} is a JSON object whose preset tells how pictures are "
+            f"prepared. Received: another, in {os.fspath(directory)!r} "
+            f"({error}). Remove or correct it."
+        ) from error
+    return found
 
 
 def _facts(root: Path, head: bool) -> tuple[Facts, tuple[str, ...]]:

@@ -19,9 +19,8 @@ def add_pictures(parser) -> None:
     parser.add_argument(
         "--preset",
         choices=list(presets.PRESETS),
-        default="big_transfer eval",
-        help="how pictures are resized; 'tfhub' keeps their size "
-        "(default: %(default)s)",
+        help="how pictures are resized; 'tfhub' keeps their size (default: as "
+        "the model's card says, or else 'big_transfer eval')",
     )
 
 
@@ -72,9 +71,15 @@ def run(args) -> int:
     program.quiet_tensorflow()
     from tqdm import tqdm
 
-    from bit_tf import embed
+    from bit_tf import embed, hub
+    from bit_tf.checkpoints import tf_hub
 
-    encoder = embed.BitMedium2Vec(args.model, preset=args.preset)
+    preset = (
+        args.preset
+        or tf_hub.recorded_preset(hub.resolve(args.model))
+        or "big_transfer eval"
+    )
+    encoder = embed.BitMedium2Vec(args.model, preset=preset)
     vectors = encoder.iterate(
         (read(image) for image in args.images),
         chunks=args.batch,

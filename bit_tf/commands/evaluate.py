@@ -138,6 +138,7 @@ Instead, with
     parser.add_argument(
         "--json", action="store_true", help="print JSON, not a table"
     )
+    program.add_relocate(parser)
     parser.set_defaults(run=run, refuse=parser.error)
 
 

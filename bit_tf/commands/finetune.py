@@ -213,6 +213,7 @@ def register(subparsers) -> None:
         action="store_true",
         help="check data and model, print the rule, and stop",
     )
+    program.add_relocate(parser)
     parser.set_defaults(run=run)
 
 

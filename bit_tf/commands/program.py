@@ -17,9 +17,10 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 import bit_tf
-from bit_tf import archive, errors
+from bit_tf import archive, errors, relocation
 
 __all__ = [
+    "add_relocate",
     "expect_tensorflow",
     "positive",
     "quiet_tensorflow",
@@ -67,7 +68,8 @@ def run(
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            code = args.run(args)
+            with relocation.relocated(dict(getattr(args, "relocate", ()))):
+                code = args.run(args)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
@@ -82,6 +84,29 @@ def run(
             return 1
 
     app.run(main, flags_parser=parse)
+
+
+def add_relocate(parser) -> None:
+    """Adds --relocate, in force while the command runs."""
+    parser.add_argument(
+        "--relocate",
+        type=_move,
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="where a SavedModel lies now that a .keras file names: a handle "
+        "or the beginning of one, and what takes its place; may be repeated",
+    )
+
+
+def _move(text: str) -> tuple[str, str]:
+    """An argument that is a handle, "=", and another."""
+    old, _, new = text.partition("=")
+    if not old or not new:
+        raise argparse.ArgumentTypeError(
+            f"must be OLD=NEW, such as https://old.example=/models, not {text}"
+        )
+    return old, new
 
 
 def _stop(number, frame):

@@ -49,6 +49,7 @@ def register(subparsers) -> None:
         "--overwrite", action="store_true", help="replace OUT if it exists"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    program.add_relocate(parser)
     parser.set_defaults(run=run)
 
 
@@ -75,12 +76,12 @@ def run(args) -> int:
         "overwrite": args.overwrite,
     }
     print(f"Converting {published.shown(args.source)} …", file=sys.stderr)
-    around = sources.around_saved_model(args.source)
-    if around is not None:
-        print(f"Note: {around}", file=sys.stderr)
     if args.to == formats.SAVED_MODEL:
         from hub_export import saved_model
 
+        around = sources.around_saved_model(args.source)
+        if around is not None:
+            print(f"Note: {around.note()}", file=sys.stderr)
         report = saved_model.convert(
             args.source,
             args.path,

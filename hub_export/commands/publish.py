@@ -97,6 +97,7 @@ def register(subparsers) -> None:
         "written",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    program.add_relocate(parser)
     parser.set_defaults(run=run)
 
 
