@@ -20,6 +20,7 @@ BiT.
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -287,6 +288,8 @@ def _accuracy(
     from bit_tf import evaluate, finetune, input_pipeline
 
     keras.utils.clear_session()
+    # Graphs of models hold each other.
+    gc.collect()
     model = make(seed)
     train = pool.splits["train"].few_shot(shots, seed)
     phases = (1, 2, 3, 4, 5)
