@@ -54,19 +54,7 @@ Instead, with
         type=program.positive,
         help="pictures at a time (32); with --vtab examples a step (512)",
     )
-    parser.add_argument(
-        "--data-dir", metavar="DIR", help="of TensorFlow Datasets"
-    )
-    parser.add_argument(
-        "--manual-dir",
-        metavar="DIR",
-        help="of files that TensorFlow Datasets cannot download",
-    )
-    parser.add_argument(
-        "--bad-images",
-        choices=["raise", "skip"],
-        help="what happens to pictures that cannot be read (raise)",
-    )
+    program.add_dataset_options(parser)
     features = parser.add_argument_group("features")
     features.add_argument("--probe", action="store_true", help="see above")
     features.add_argument(

@@ -61,20 +61,7 @@ def register(subparsers) -> None:
         help="where the result, the logs and the state are written",
     )
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data-dir", metavar="DIR", help="of TensorFlow Datasets"
-    )
-    data.add_argument(
-        "--manual-dir",
-        metavar="DIR",
-        help="of files that TensorFlow Datasets cannot download",
-    )
-    data.add_argument(
-        "--bad-images",
-        choices=["raise", "skip"],
-        default="raise",
-        help="what happens to pictures that cannot be read (%(default)s)",
-    )
+    program.add_dataset_options(data)
     data.add_argument(
         "--examples-per-class",
         type=program.positive,
@@ -263,7 +250,7 @@ def _settings(args):
         dataset=args.dataset,
         data_dir=args.data_dir,
         manual_dir=args.manual_dir,
-        bad_images=args.bad_images,
+        bad_images=args.bad_images or "raise",
         examples_per_class=args.examples_per_class,
         validation=args.validation,
         rule_source=args.rule_source,

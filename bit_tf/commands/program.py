@@ -20,6 +20,7 @@ import bit_tf
 from bit_tf import archive, errors, relocation
 
 __all__ = [
+    "add_dataset_options",
     "add_relocate",
     "expect_tensorflow",
     "positive",
@@ -84,6 +85,23 @@ def run(
             return 1
 
     app.run(main, flags_parser=parse)
+
+
+def add_dataset_options(parser) -> None:
+    """Adds what says how a dataset is found and read; each may be None."""
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="of TensorFlow Datasets"
+    )
+    parser.add_argument(
+        "--manual-dir",
+        metavar="DIR",
+        help="of files that TensorFlow Datasets cannot download",
+    )
+    parser.add_argument(
+        "--bad-images",
+        choices=["raise", "skip"],
+        help="what happens to pictures that cannot be read (raise)",
+    )
 
 
 def add_relocate(parser) -> None:
