@@ -10,6 +10,7 @@ import argparse
 import importlib.resources
 import pathlib
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,6 +23,7 @@ __all__ = [
     "fit",
     "held_out",
     "pictures",
+    "shifted",
     "train",
 ]
 
@@ -87,15 +89,34 @@ def train(directory: pathlib.Path, epochs: int, seed: int) -> float:
     return accuracy
 
 
-def fit(model, x: np.ndarray, y: np.ndarray, *, epochs: int, seed: int) -> None:
-    """Trains a classifier on shifted digits.
+def shifted(
+    x: np.ndarray, y: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures of a batch, all by the same few pixels; labels as ever."""
+    return np.roll(x, rng.integers(-4, 5, 2), (1, 2)), y
+
+
+def fit(
+    model,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    epochs: int,
+    seed: int,
+    change: Callable[
+        [np.ndarray, np.ndarray, np.random.Generator],
+        tuple[np.ndarray, np.ndarray],
+    ] = shifted,
+) -> None:
+    """Trains a classifier on digits that look different in every epoch.
 
     Args:
       model: a keras.Model, float32 [n, 32, 32, 3] → logits.
       x: of `pictures`.
       y: labels [n].
       epochs: passes over the digits.
-      seed: of their order and of the shifts.
+      seed: of their order and of the changes.
+      change: (pictures, labels, generator) → those of a batch to learn from.
     """
     import keras
 
@@ -119,8 +140,7 @@ def fit(model, x: np.ndarray, y: np.ndarray, *, epochs: int, seed: int) -> None:
             shuffled = rng.permutation(len(y))
             for start in range(0, len(shuffled) - batch + 1, batch):
                 chosen = shuffled[start : start + batch]
-                shift = rng.integers(-4, 5, 2)
-                yield np.roll(x[chosen], shift, (1, 2)), y[chosen]
+                yield change(x[chosen], y[chosen], rng)
 
     model.fit(
         batches(),

@@ -54,12 +54,13 @@ class Model:
     """A Keras model that contains `hub.KerasLayer`s, looked at and tried.
 
     What it adds to the SavedModels inside is a head, and its outputs are
-    logits, if that has weights; else they are features. Of a model that is one
-    SavedModel alone, outputs are what that one's are.
+    logits, if that has weights and does not end with a normalization; else
+    they are features. Of a model that is one SavedModel alone, outputs are what
+    that one's are.
 
     Args:
       model: pictures [n, h, w, 3] → [n, d].
-      logits: True takes the outputs for logits in any case.
+      head: whether the outputs are logits in any case, or in none.
 
     Attributes:
       shape: of the pictures, such as (None, None, None, 3).
@@ -74,7 +75,7 @@ class Model:
       ExportError: it is no such model.
     """
 
-    def __init__(self, model: keras.Model, *, logits: bool = False):
+    def __init__(self, model: keras.Model, *, head: bool | None = None):
         self._model = model
         self._layers = _inner_layers(model)
         self._one = self._layers[0] if len(self._layers) == 1 else None
@@ -86,11 +87,12 @@ class Model:
         known = {id(layer): origins.of(layer) for layer in self._layers}
         self._origin = known[id(self._one)] if self._one else None
         self._is_plain = self._is_its_network(pictures, tried)
-        head = logits or (
-            known[id(self._layers[0])].is_classifier
-            if tried.alone
-            else bool(self._own_weights())
-        )
+        if head is None:
+            head = (
+                known[id(self._layers[0])].is_classifier
+                if tried.alone
+                else bool(self._own_weights()) and not _is_normalized(model)
+            )
         if head:
             _require_logits(model)
         features: Any = tried.output
@@ -511,12 +513,9 @@ def _require_logits(model: keras.Model) -> None:
     Raises:
       ExportError: it does.
     """
-    last = model
-    while isinstance(last, keras.Model):
-        outputs = keras.tree.flatten(getattr(last, "outputs", None) or [])
-        if len(outputs) != 1:
-            return
-        last = outputs[0]._keras_history.operation
+    last = _last_layer(model)
+    if last is None:
+        return
     squashes = (keras.activations.softmax, keras.activations.sigmoid)
     if (
         isinstance(last, keras.layers.Softmax)
@@ -531,6 +530,22 @@ def _require_logits(model: keras.Model) -> None:
             "model without the last layer; then compile it with a loss of "
             "from_logits=True."
         )
+
+
+def _last_layer(model: keras.Model) -> Any:
+    """What the output of a functional model comes from; None of another."""
+    last: Any = model
+    while isinstance(last, keras.Model):
+        outputs = keras.tree.flatten(getattr(last, "outputs", None) or [])
+        if len(outputs) != 1:
+            return None
+        last = outputs[0]._keras_history.operation
+    return last
+
+
+def _is_normalized(model: keras.Model) -> bool:
+    """Whether a model ends with a normalization, as features do."""
+    return type(_last_layer(model)).__name__.endswith("Normalization")
 
 
 @contextlib.contextmanager

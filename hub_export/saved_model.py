@@ -46,6 +46,7 @@ def export(
     *,
     class_labels: str | Sequence | None = "auto",
     probabilities: str | None = None,
+    head: bool | None = None,
     l2: float = 0.0,
     preset: presets.Preset | None = None,
     provenance: card.Provenance | None = None,
@@ -69,10 +70,12 @@ def export(
     regularization losses, what `training` means to it and, if it has them, its
     endpoints; the new one records its handle and hash, and needs none of its
     files. What the model adds is a head, and the output logits, if that has
-    weights; else, and of a SavedModel of features alone, the output is
-    features. image_feature_vector is there if one vector a picture comes from
-    one SavedModel inside. Of a model that is one SavedModel alone, labels,
-    probabilities and preset are that one's unless others are given.
+    weights and does not end with a normalization; else, and of a SavedModel of
+    features alone, the output is features. `head` says it of a model of which
+    this is not true, such as a projection. image_feature_vector is there if
+    one vector a picture comes from one SavedModel inside. Of a model that is
+    one SavedModel alone, labels, probabilities and preset are that one's unless
+    others are given.
 
     Args:
       model: from create_model or load_model; or a Keras model of pictures
@@ -82,6 +85,7 @@ def export(
       class_labels: one name a class; or "ilsvrc2012", "imagenet21k"; or "auto",
         the set whose number of classes fits, if any; or None.
       probabilities: "softmax" or "sigmoid"; by default labels.activation.
+      head: whether the outputs are logits of classes; found out unless given.
       l2: factor of the sum of squares of every kernel, offered to those who
         fine-tune as `regularization_losses`; 0 adds none. Around a SavedModel
         kernels are the trainable arrays of two dimensions and more, and there
@@ -116,15 +120,29 @@ def export(
             "probabilities must be 'softmax' or 'sigmoid'. "
             f"Received: {probabilities!r}."
         )
+    named = probabilities or class_labels not in (None, "auto")
+    if named and head is False:
+        raise errors.ExportError(
+            "Class labels and probabilities are of logits. Received: "
+            f"class_labels={errors.brief(class_labels)}, "
+            f"probabilities={probabilities!r} and head=False, which says that "
+            "the outputs are features. Leave one of them out."
+        )
     _check_target(path, overwrite)
     provenance = provenance or card.Provenance(versions=card.versions())
     found: _ResNet | reexport.Model
     told = origins.Origin()
     if isinstance(model, models.ResNetV2):
+        if head not in (None, bool(model.num_classes)):
+            raise errors.ExportError(
+                "The head of a ResNetV2 is part of it. Received: "
+                f"head={head!r}, and a model of {model.num_classes} classes. "
+                "Load it with load_model(…, head=False), or create it with "
+                "num_classes."
+            )
         found = _ResNet(model)
     elif reexport.is_around(model):
-        named = class_labels not in (None, "auto")
-        found = reexport.Model(model, logits=named or bool(probabilities))
+        found = reexport.Model(model, head=True if named else head)
         told = found.told
         for directory in found.directories:
             sources.require_apart(path, directory)
@@ -247,9 +265,12 @@ def _convert_around(
         )
     model, facts = transfer.load(around.path)
     if not head:
+        inner = model.layers[:-1]
+        for layer in inner:
+            # Mixed precision would round what the SavedModel returns.
+            layer.dtype_policy = keras.DTypePolicy(layer.variable_dtype)
         model = keras.Sequential(
-            [keras.Input(model.input_shape[1:]), *model.layers[:-1]],
-            name=model.name,
+            [keras.Input(model.input_shape[1:]), *inner], name=model.name
         )
         class_labels, options = None, {**options, "probabilities": None}
     elif isinstance(class_labels, str) and class_labels == "auto":

@@ -579,11 +579,11 @@ def test_command_scores_features(call, folder, tiny_features, tmp_path):
         *("--temperature", 0.07, "--output", tmp_path / "out"),
     )
     assert code == 0, err
-    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    result = json.loads((tmp_path / "out" / "features.json").read_text())
     assert [len(row["runs"]) for row in result["few_shot"]] == [2, 2]
     assert result["few_shot"][0]["l2_chosen_on"]
     assert [row["k"] for row in result["nearest_neighbours"]] == [3]
-    assert (tmp_path / "out" / "results.md").read_text() == out
+    assert (tmp_path / "out" / "features.md").read_text() == out
     assert "exp(similarity / 0.07)" in out
 
 

@@ -290,6 +290,7 @@ def test_a_head_on_top_of_a_classifier(tmp_path, small_export):
     )
     found = export(model, tmp_path / "out")
     assert card.read(tmp_path / "out")[0]["feature_dim"] == 1024
+    assert golden.check(tmp_path / "out")["relative_error"] < 1e-5
     endpoints = found.endpoints(tf.constant(FLOATS))
     assert endpoints["pre_logits"].shape == (2, 1024)
     np.testing.assert_allclose(endpoints["logits"], model(FLOATS), 1e-4, 1e-5)
@@ -297,6 +298,41 @@ def test_a_head_on_top_of_a_classifier(tmp_path, small_export):
     np.testing.assert_allclose(
         features["features"], endpoints["pre_logits"], 1e-4, 1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("added", "head", "task"),
+    [
+        (keras.layers.BatchNormalization, None, "image-feature-vector"),
+        (keras.layers.LayerNormalization, True, "image-classification"),
+        (lambda: keras.layers.Dense(5), False, "image-feature-vector"),
+    ],
+    ids=["normalization", "named_head", "projection"],
+)
+def test_what_is_a_head(toy, tmp_path, added, head, task):
+    model = keras.Sequential(
+        [keras.Input((None, None, 3)), KerasLayer(toy), added()]
+    )
+    export(model, tmp_path / "out", head=head, class_labels=None)
+    said, _ = card.read(tmp_path / "out")
+    width = model.output_shape[-1]
+    assert said["task"] == task
+    assert said["num_classes"] == (width if head else 0)
+    assert said["feature_dim"] == (16 if head else width)
+    found = tf.saved_model.load(str(tmp_path / "out"))
+    result = found(tf.constant(PICTURES))
+    assert helpers.relative_error(result, model(FLOATS)) <= 1e-6
+
+
+def test_head_and_labels_must_agree(toy, tmp_path):
+    with pytest.raises(errors.ExportError, match="head=False"):
+        export(
+            around(toy), tmp_path / "out", head=False, probabilities="softmax"
+        )
+    network = models.create_model("testing", 3)
+    with pytest.raises(errors.ExportError, match="3 classes"):
+        export(network, tmp_path / "out", head=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_classifier_alone_stays_what_it_was(toy, tmp_path):
@@ -693,6 +729,24 @@ def test_its_head_may_be_dropped(fine_tuned, tmp_path):
     model, _ = transfer.load(fine_tuned)
     found = tf.saved_model.load(str(tmp_path / "out"))(tf.constant(FLOATS))
     assert helpers.relative_error(found, model.layers[0](FLOATS)) <= 1e-6
+
+
+def test_features_of_mixed_precision_are_not_rounded(toy, tmp_path):
+    model = keras.Sequential(
+        [
+            keras.Input((None, None, 3)),
+            KerasLayer(toy, dtype="mixed_bfloat16"),
+            models.Head(3, name="head", dtype="mixed_bfloat16"),
+        ]
+    )
+    transfer.save(model, tmp_path / "model.keras", checkpoints.Facts())
+    saved_model.convert(
+        tmp_path / "model.keras", tmp_path / "out", head=False, verify=False
+    )
+    found = tf.saved_model.load(str(tmp_path / "out"))(tf.constant(FLOATS))
+    exact = KerasLayer(toy)(FLOATS)
+    assert helpers.relative_error(found, exact) <= 1e-6
+    assert golden.read(tmp_path / "out").tolerance < 1e-3
 
 
 @pytest.mark.parametrize("to", ["npz", "timm", "keras", "keras-folded"])

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import transfer
@@ -37,6 +38,26 @@ def test_pool(tmp_path):
     ]
     assert len(draws[0]) == 50
     assert draws[0] != draws[1]
+
+
+def test_symmetries_are_classes():
+    mark = np.zeros([1, 32, 32, 3], np.float32)
+    mark[:, 6:12, 8:24] = mark[:, 6:24, 8:12] = 1
+    x = np.repeat(mark, 400, axis=0)
+    y = np.full(400, 3)
+    found, labels = transfer.symmetries(x, y, np.random.default_rng(0))
+    assert found.shape == x.shape
+    assert found.dtype == np.float32
+    assert found.min() >= 0
+    assert 0.9 < found.max() <= 1
+    assert set(labels) == {3 + 5 * turn for turn in range(8)}
+    # Each class's mean is nearest to its own symmetry of the mark.
+    turned = [np.rot90(mark[0], turn) for turn in range(4)]
+    turned += [np.rot90(mark[0][:, ::-1], turn) for turn in range(4)]
+    for turn in range(8):
+        mean = found[labels == 3 + 5 * turn].mean(0)
+        distances = [np.square(mean - one).sum() for one in turned]
+        assert np.argmin(distances) == turn
 
 
 @pytest.mark.slow

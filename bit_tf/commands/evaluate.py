@@ -121,7 +121,8 @@ Instead, with
         "--output",
         metavar="DIR",
         help="where results are written: metrics.json and charts (needs the "
-        "extra 'plot'), or results.json and results.md",
+        "extra 'plot'); features.json and .md of --probe and --knn; "
+        "results.json and .md of --vtab",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON, not a table"
@@ -290,8 +291,8 @@ def _show(args, result, markdown: str, written: bool = True) -> int:
 
     text = evaluate.to_json(result)
     if args.output and written:
-        _write(args.output, "results.json", text)
-        _write(args.output, "results.md", markdown)
+        _write(args.output, "features.json", text)
+        _write(args.output, "features.md", markdown)
     sys.stdout.write(text if args.json else markdown)
     return 0
 
