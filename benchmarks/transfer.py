@@ -428,7 +428,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epochs=args.epochs,
         learning_rates=tuple(args.learning_rates),
     )
-    with tempfile.TemporaryDirectory() as directory:
+    # Keras prints an epoch's loss to stdout, where the results go.
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         results = run(settings, pathlib.Path(directory))
     if args.json:
         print(json.dumps([dataclasses.asdict(result) for result in results]))
