@@ -13,7 +13,9 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
+    "beam": ["apache-beam>=2.70", "pyarrow>=15"],
     "huggingface": ["huggingface_hub>=0.30"],
+    "index": ["lancedb>=0.40", "pyarrow>=15"],
     "parquet": ["pyarrow>=15"],
     "plot": ["matplotlib>=3.8"],
     # Older versions of Starlette answer some Range headers in quadratic time.
@@ -22,7 +24,9 @@ EXTRAS = {
     "torch": ["torch>=2.6"],
 }
 EXTRAS["test"] = [
+    *EXTRAS["beam"],
     *EXTRAS["huggingface"],
+    *EXTRAS["index"],
     *EXTRAS["parquet"],
     *EXTRAS["plot"],
     *EXTRAS["serve"],

@@ -4,8 +4,6 @@ A file in the cache appears whole, by a rename, or not at all; what lies beside
 it is listed in `cache_records`.
 """
 
-import datetime
-import email.utils
 import errno
 import hashlib
 import os
@@ -18,7 +16,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import BinaryIO
 
-from bit_tf import cache_records, errors, files
+from bit_tf import cache_records, download, errors, files
 
 __all__ = ["cached", "root_cause", "shown"]
 
@@ -446,9 +444,10 @@ class _Download:
             part.clear()
             raise _AttemptError("it refused the range that was missing", 0.0)
         if status in (408, 429) or status >= 500:
+            wait = download.retry_after(headers.get("Retry-After"))
             raise _AttemptError(
                 f"it answered {status} {response.reason}",
-                _retry_after(headers.get("Retry-After")),
+                None if wait is None else min(wait, _MAX_WAIT),
             )
         if status != 200 and not (status == 206 and part.resumable):
             raise self._part.refused(f"it answered {status} {response.reason}")
@@ -498,22 +497,6 @@ def _etag(validator: str | None) -> str | None:
     """A validator if it is a strong ETag, else None."""
     # A weak one only promises a file that means the same.
     return validator if validator and validator.startswith('"') else None
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait according to a Retry-After, or None if it says none."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return min(float(value), _MAX_WAIT)
-    try:
-        date = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if date.tzinfo is None:
-        date = date.replace(tzinfo=datetime.UTC)
-    seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
-    return min(max(seconds, 0.0), _MAX_WAIT)
 
 
 def root_cause(error: Exception) -> tuple[BaseException, str]:

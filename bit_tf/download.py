@@ -2,6 +2,9 @@
 
 import base64
 import binascii
+import contextlib
+import datetime
+import email.utils
 import functools
 import http.client
 import io
@@ -9,12 +12,15 @@ import ipaddress
 import os
 import re
 import socket
+import ssl
 import stat
 import string
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 from bit_tf.errors import (
@@ -25,7 +31,14 @@ from bit_tf.errors import (
     brief,
 )
 
-__all__ = ["MAX_BYTES", "TIMEOUT", "read_source", "read_url"]
+__all__ = [
+    "MAX_BYTES",
+    "TIMEOUT",
+    "Abort",
+    "read_source",
+    "read_url",
+    "retry_after",
+]
 
 # What a picture may take unless the caller says otherwise: bytes, seconds.
 MAX_BYTES = 64 * 2**20
@@ -36,12 +49,46 @@ _CHUNK = 64 * 1024
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
+class Abort:
+    """Ends transfers early, from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._transfers: set[_Transfer] = set()
+        self._set = False
+
+    def set(self) -> None:
+        """Ends the transfers under way, and those that would begin later."""
+        with self._lock:
+            self._set = True
+            for transfer in self._transfers:
+                transfer.abort()
+
+    def is_set(self) -> bool:
+        """Whether `set` was called."""
+        return self._set
+
+    @contextlib.contextmanager
+    def _watching(self, transfer: "_Transfer") -> Iterator[None]:
+        with self._lock:
+            self._transfers.add(transfer)
+            if self._set:
+                transfer.abort()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._transfers.discard(transfer)
+            transfer.close()
+
+
 def read_url(
     url: str,
     *,
     max_bytes: int = MAX_BYTES,
     timeout: float = TIMEOUT,
     public_only: bool = False,
+    abort: Abort | None = None,
 ) -> bytes:
     """Reads the body behind an http or https URL.
 
@@ -58,16 +105,25 @@ def read_url(
       public_only: for URLs that strangers send: refuses hosts whose address
         is not a public one, judged by the connected socket before a byte is
         sent, and uses no proxy. Otherwise the environment's proxies are used.
+      abort: ends the transfer when it is set, at once.
 
     Returns:
       The body, whole.
 
     Raises:
       ImageFetchError: the URL is malformed or refused, the server does not
-        answer 200, or the body does not arrive whole and in time.
+        answer 200, or the body does not arrive whole and in time. It says
+        which status, and whether the server or the connection may recover.
       ImageTooLargeError: the body is, or says that it is, over max_bytes.
     """
     transfer = _Transfer(timeout, public_only)
+    watch = Abort() if abort is None else abort
+    with watch._watching(transfer):
+        return _followed(url, transfer, max_bytes)
+
+
+def _followed(url: str, transfer: "_Transfer", max_bytes: int) -> bytes:
+    """The body that a URL or its redirects lead to."""
     opener = _opener(transfer)
     address = url
     for _ in range(_MAX_REDIRECTS + 1):
@@ -100,6 +156,26 @@ class _Transfer:
         self.timeout = timeout
         self.public_only = public_only
         self.deadline = time.monotonic() + timeout
+        self._lock = threading.Lock()
+        self._open: socket.socket | None = None
+
+    def abort(self) -> None:
+        """Has what waits for the socket fail now; for another thread."""
+        self.deadline = float("-inf")
+        with self._lock, contextlib.suppress(OSError):
+            if self._open is not None:
+                self._open.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Gives up the means to abort; the connection closes by itself."""
+        self._keep(None)
+
+    def _keep(self, sock: socket.socket | None) -> None:
+        # A duplicate, since TLS takes over the socket itself.
+        with self._lock:
+            if self._open is not None:
+                self._open.close()
+            self._open = None if sock is None else sock.dup()
 
     def remaining(self) -> float:
         """Seconds that the next operation may take.
@@ -121,6 +197,7 @@ class _Transfer:
         for family, kind, protocol, _, address in found:
             sock = socket.socket(family, kind, protocol)
             try:
+                self._keep(sock)
                 sock.settimeout(self.remaining())
                 sock.connect(address)
                 self.check(sock.getpeername())
@@ -252,7 +329,7 @@ def _request(url: str) -> tuple[urllib.request.Request, str]:
         f"control characters. Received: {shown}. Percent-encode what is "
         "special in it."
     )
-    if re.search(r"[\x00-\x20\x7f\\]", url):
+    if re.search(r"[\x00-\x20\x7f\\\ud800-\udfff]", url):
         raise malformed
     try:
         parts = urllib.parse.urlsplit(url)
@@ -310,7 +387,9 @@ def _body(response: Any, shown: str, max_bytes: int) -> bytes:
         raise ImageFetchError(
             "A picture's URL must answer with status 200. Received: "
             f"{response.status} {response.reason} from {shown}. Check the "
-            "address in a browser."
+            "address in a browser.",
+            status=response.status,
+            retry_after=retry_after(response.headers.get("Retry-After")),
         )
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.strip().lower() not in ("", "identity"):
@@ -333,7 +412,8 @@ def _body(response: Any, shown: str, max_bytes: int) -> bytes:
     if declared is not None and len(body) < declared:
         raise ImageFetchError(
             f"A body must arrive whole. Received: {len(body)} of {declared} "
-            f"bytes from {shown}. Try again."
+            f"bytes from {shown}. Try again.",
+            transient=True,
         )
     return bytes(body)
 
@@ -346,12 +426,23 @@ def _failure(
         return ImageFetchError(
             f"A URL must be read within {transfer.timeout} seconds. Received: "
             f"less than the whole of {shown} by then. Try again, or raise "
-            "timeout."
+            "timeout.",
+            transient=True,
         )
     return ImageFetchError(
         f"A URL must answer with a picture. Received: {reason!r} from "
-        f"{shown}. Check the address and the connection."
+        f"{shown}. Check the address and the connection.",
+        transient=_may_pass(reason),
     )
+
+
+def _may_pass(reason: BaseException | str) -> bool:
+    """Whether a failure of the connection may be gone on another try."""
+    if isinstance(reason, socket.gaierror):
+        return reason.errno == socket.EAI_AGAIN
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return False
+    return isinstance(reason, (OSError, http.client.IncompleteRead))
 
 
 def _shown(url: str) -> str:
@@ -368,6 +459,22 @@ def _shown(url: str) -> str:
         query = "?…" if parts.query else ""
         text = f"{parts.scheme}://{host}{parts.path}{query}"
     return repr(text[:200])
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds to wait according to a Retry-After, or None if it says none."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+        if date.tzinfo is None:
+            date = date.replace(tzinfo=datetime.UTC)
+        left = date - datetime.datetime.now(datetime.UTC)
+    except (ValueError, OverflowError):
+        return None
+    return max(left.total_seconds(), 0.0)
 
 
 def read_source(

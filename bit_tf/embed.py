@@ -136,8 +136,8 @@ class ImageEncoder:
         """Vectors of many pictures, in their order, in batches.
 
         Args:
-          images: each whatever `encode` takes. Pictures of one size share a
-            batch.
+          images: each whatever `encode` takes, or the ImageError of one that
+            could not be read before. Pictures of one size share a batch.
           threads: how many pictures are read at once.
           chunks: pictures a batch.
           on_error: "raise", or "return" to find the exception in the place of
@@ -181,6 +181,8 @@ class ImageEncoder:
     ) -> Iterator:
         def prepare(image):
             try:
+                if isinstance(image, errors.ImageError):
+                    raise image
                 return self._prepare(image)
             except errors.ImageError as error:
                 if return_errors:

@@ -92,7 +92,26 @@ class ImageRangeError(ImageError):
 
 
 class ImageFetchError(ImageError, OSError):
-    """A URL could not be read, or must not be."""
+    """A URL could not be read, or must not be.
+
+    Attributes:
+      status: the HTTP status that the server answered, if it did.
+      retry_after: seconds for which the server asks to be left alone.
+      transient: whether the connection failed, so that the same request may
+        succeed later.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        status: int | None = None,
+        retry_after: float | None = None,
+        transient: bool = False,
+    ):
+        super().__init__(*args)
+        self.status = status
+        self.retry_after = retry_after
+        self.transient = transient
 
 
 class DownloadError(BitTfError, OSError):

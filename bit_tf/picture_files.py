@@ -19,14 +19,17 @@ from bit_tf.errors import DatasetError, ImageError
 
 __all__ = [
     "REMEDY",
+    "SUFFIXES",
     "FileSource",
     "Found",
+    "as_text",
     "check_classes",
     "from_csv",
     "from_folder",
 ]
 
-_SUFFIXES = frozenset(
+# Of the files that are taken for pictures, in lower case.
+SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .dib .webp .tif .tiff .ppm .pgm "
     ".pbm .pnm .ico .jp2 .j2k .jpx .avif".split()
 )
@@ -163,7 +166,7 @@ def from_folder(
     splits = {}
     for split, folder in folders.items():
         by_class = {
-            _text(entry.name): entry for entry in _folders(folder, ignored)
+            as_text(entry.name): entry for entry in _folders(folder, ignored)
         }
         if names is None:
             names = _sorted(by_class)
@@ -185,7 +188,7 @@ def from_folder(
         paths = [path for path, _ in files]
         splits[split] = FileSource(
             paths,
-            [_text(pathlib.Path(os.path.relpath(p, root))) for p in paths],
+            [as_text(pathlib.Path(os.path.relpath(p, root))) for p in paths],
             [label for _, label in files],
         )
     # The root is looked at twice where it is the folder of train.
@@ -196,7 +199,7 @@ def from_folder(
             "suffix or lie outside class folders, such as %s",
             len(ignored),
             root,
-            _text(ignored[0]),
+            as_text(ignored[0]),
         )
     return Found(tuple(names or ()), splits)
 
@@ -236,7 +239,7 @@ def from_csv(
         if chosen:
             splits[split] = FileSource(
                 [os.path.join(root, row.path) for row in chosen],
-                [_text(row.path) for row in chosen],
+                [as_text(row.path) for row in chosen],
                 [label_of[row.label] for row in chosen],
             )
     return Found(tuple(names), splits)
@@ -491,7 +494,7 @@ def _pictures(
     for entry in _entries(folder):
         if entry.is_dir():
             yield from _pictures(entry.path, ignored, (*above, here))
-        elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES and (
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (
             entry.is_file() or not os.path.exists(entry.path)
         ):
             yield entry.path
@@ -514,11 +517,11 @@ def _size(path: str) -> tuple[int, int] | None:
     return (width, height) if turned else (height, width)
 
 
-def _text(path: str | os.PathLike[str]) -> str:
+def as_text(path: str | os.PathLike[str]) -> str:
     """A path as text, whatever its bytes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _named(error: ImageError, path: str) -> ImageError:
     """The same error, naming the file, and what to do about such files."""
-    return type(error)(f"{_text(path)!r}: {error} {REMEDY}")
+    return type(error)(f"{as_text(path)!r}: {error} {REMEDY}")

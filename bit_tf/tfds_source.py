@@ -4,17 +4,17 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 
-from bit_tf import errors, stream_source
+from bit_tf import errors, pipeline_errors, stream_source
 from bit_tf.errors import DatasetError
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "Pictures", "find"]
 
 _SPLITS = ("train", "validation", "test")
 
@@ -144,6 +144,95 @@ def find(
     return Found(tuple(class_names), sources)
 
 
+class Pictures:
+    """The pictures of a prepared dataset, encoded as they are stored.
+
+    Attributes:
+      name: the dataset's, with its configuration and version.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        image: str | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        download: bool = True,
+    ) -> None:
+        """Prepares the dataset; the arguments are those of `find`.
+
+        Raises:
+          DatasetError: as `find`.
+        """
+        self._builder = _builder(name, data_dir)
+        features = self._builder.info.features
+        pictures = _pictures(features)
+        self._image = _chosen(
+            features, image, "image", pictures, "picture", name
+        )
+        if self._image not in pictures:
+            raise DatasetError(
+                f"Pictures come from an Image feature. Received: {image!r} of "
+                f"{name!r}, which is {_at(features, self._image)}. Name one of "
+                f"{', '.join(pictures) or 'another dataset'}."
+            )
+        if download:
+            _prepare(self._builder, None)
+        folder, _, version = self._builder.info.full_name.rpartition("/")
+        self.name = f"{folder}:{version}"
+
+    def ranges(self, split: str | None = None) -> list[tuple[str, int, int]]:
+        """Which pictures an expression of TFDS means.
+
+        Args:
+          split: such as "test" or "train[:10%]+test"; by default all splits.
+
+        Returns:
+          (split's name, first index, index after the last), in order.
+
+        Raises:
+          DatasetError: no such split.
+        """
+        splits = self._builder.info.splits
+        if split is None:
+            return [(name, 0, s.num_examples) for name, s in splits.items()]
+        try:
+            chosen = tfds.core.ReadInstruction.from_spec(split)
+            parts = chosen.to_absolute(splits)
+            return [
+                (
+                    part.splitname,
+                    part.from_ or 0,
+                    splits[part.splitname].num_examples
+                    if part.to is None
+                    else part.to,
+                )
+                for part in parts
+            ]
+        except _FOREIGN_ERRORS as error:
+            raise _no_split(split, self._builder, error) from error
+
+    def read(self, split: str, start: int) -> Iterator[bytes]:
+        """The pictures of a split from an index on.
+
+        Raises:
+          DatasetError: no such split, or its files are damaged or gone.
+        """
+        decoders = _decoders([self._image], [self._image])
+        examples = _examples(self._builder, f"{split}[{start}:]", decoders)
+        try:
+            for example in pipeline_errors.iterate(examples):
+                yield example[self._image].numpy()
+        except DatasetError:
+            raise
+        except _FOREIGN_ERRORS as error:
+            raise DatasetError(
+                "The files of a prepared dataset can be read. Received: "
+                f"{self.name!r}, of which TensorFlow says: {_said(error)} "
+                "Check its folder, or prepare it again."
+            ) from error
+
+
 def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     where = None if data_dir is None else os.path.expanduser(data_dir)
     # TFDS wants all three numbers of a version.
@@ -226,11 +315,15 @@ def _examples(builder: Any, expression: str, decoders: Any) -> tf.data.Dataset:
             read_config=config,
         )
     except _FOREIGN_ERRORS as error:
-        raise DatasetError(
-            "A split is one that the prepared dataset has. Received: "
-            f"{expression!r} of {builder.info.full_name!r}, of which TFDS "
-            f"says: {_said(error)} Name another split, or let TFDS download."
-        ) from error
+        raise _no_split(expression, builder, error) from error
+
+
+def _no_split(expression: str, builder: Any, error: Exception) -> DatasetError:
+    return DatasetError(
+        "A split is one that the prepared dataset has. Received: "
+        f"{expression!r} of {builder.info.full_name!r}, of which TFDS says: "
+        f"{_said(error)} Name another split, or let TFDS download."
+    )
 
 
 def _decoders(needs: Sequence[str] | None, skipped: Sequence[str]) -> Any:

@@ -43,7 +43,14 @@ LAYERS = """
         bit_tf/training_state bit_tf/training_records bit_tf/training_step
     bit_tf/finetune
     bit_tf/transfer_run bit_tf/vtab_tasks bit_tf/vtab
-    bit_tf/bulk bit_tf/index
+    bit_tf/picture_paths bit_tf/item_lists bit_tf/tar_items bit_tf/tfds_items
+        bit_tf/fetching bit_tf/items
+    bit_tf/embedding_table bit_tf/embed_model
+    bit_tf/embed_plan bit_tf/embed_engine bit_tf/embed_run
+    bit_tf/beam_modules bit_tf/bulk_options bit_tf/bulk_output bit_tf/bulk_steps
+        bit_tf/bulk
+    bit_tf/index_rows bit_tf/ivf_pq bit_tf/near_duplicates bit_tf/index
+        bit_tf/search_page
     bit_tf/commands/*
     bit_tf/__main__
     hub_export/fresh_process hub_export/golden hub_export/card

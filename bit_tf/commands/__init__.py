@@ -5,9 +5,11 @@ from bit_tf.commands import (
     embed,
     evaluate,
     finetune,
+    index,
     inspect,
     models,
     program,
+    search,
 )
 
 __all__ = ["main"]
@@ -17,6 +19,7 @@ def main() -> None:
     """Runs `bit-tf`."""
     program.run(
         "bit-tf",
-        "Use BiT models: list, inspect, embed, classify, fine-tune, evaluate.",
-        (models, inspect, embed, classify, finetune, evaluate),
+        "Use BiT models: list, inspect, embed, classify, search, fine-tune, "
+        "evaluate.",
+        (models, inspect, embed, classify, search, index, finetune, evaluate),
     )

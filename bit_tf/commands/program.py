@@ -40,6 +40,8 @@ def run(
       description: one line.
       commands: modules with `register(subparsers)`, which adds a parser whose
         default `run` takes the parsed arguments and returns the exit code.
+        A default `takes_rest` names an argument, with which options that the
+        parser does not know are no mistake: `run` finds them in `args.rest`.
     """
 
     def parse(argv):
@@ -59,7 +61,12 @@ def run(
         )
         for command in commands:
             command.register(subparsers)
-        return parser.parse_args(argv[1:])
+        args, rest = parser.parse_known_args(argv[1:])
+        option = getattr(args, "takes_rest", None)
+        if rest and (option is None or getattr(args, option) is None):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.rest = rest
+        return args
 
     def main(args) -> int:
         signal.signal(signal.SIGTERM, _stop)
