@@ -336,7 +336,10 @@ def test_large_models_run_unit_by_unit(keras_small, tmp_path, monkeypatch):
         if function.attr["_noinline"].b
     ]
     assert len(functions) >= 4
-    pictures = tf.constant(helpers.random_images(1, 40, 40) / 255, tf.float32)
+    # No ReLU has an input of less than 1e-4 for this picture: one that
+    # rounding may take over zero changes gradients by far more than rounding.
+    pictures = helpers.random_images(1, 40, 40, seed=17)
+    pictures = tf.constant(pictures / 255, tf.float32)
     expected = keras_small(pictures)
     assert helpers.relative_error(loaded(pictures), expected) <= 1e-5
     named = models.canonical_variables(keras_small)
