@@ -16,11 +16,12 @@ only (https://github.com/apache/beam/issues/30616), and these are SavedModels.
 
 import _thread
 import contextlib
+import dataclasses
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bit_tf import bulk_output, bulk_steps, errors, items
@@ -132,8 +133,8 @@ def build(
 
     Args:
       pipeline: a beam.Pipeline.
-      sources: a list, each whatever bit_tf.items.find takes; or a PCollection
-        of Items.
+      sources: one or several, each whatever bit_tf.items.find takes; or a
+        PCollection of Items.
       output: a directory, of any file system that Beam knows. Items whose ids
         its tables have are left out.
       model, preset, batch, threads: see Embed.
@@ -153,54 +154,114 @@ def build(
         the local engine's.
       HandleError: there is no such model.
     """
-    for name, value in {"batch": batch, "shard": shard}.items():
-        if type(value) is not int or value < 1:
+    plan = _Plan.checked(
+        output,
+        model=model,
+        preset=preset,
+        batch=batch,
+        shard=shard,
+        float16=float16,
+        top=top,
+        threads=threads,
+        **reader,
+    )
+    bulk_output.check(plan.output, bulk_output.parts(plan.output), plan.facts)
+    search = {"column": column, "split": split, "data_dir": data_dir}
+    return plan.add(
+        pipeline, sources, search, run_name or bulk_output.new_name()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a pipeline is to do; all of it was checked."""
+
+    output: str
+    facts: Facts
+    handler: EncoderHandler
+    read: ReadAndDecode
+    shard: int
+
+    @classmethod
+    def checked(
+        cls,
+        output: str | os.PathLike[str],
+        *,
+        model: str | os.PathLike[str],
+        preset: str | Preset | None = None,
+        batch: int = 8,
+        shard: int = 1024,
+        float16: bool = False,
+        top: int | None = None,
+        threads: int | None = None,
+        **reader,
+    ) -> "_Plan":
+        """Checks the arguments of `build` and loads the model."""
+        for name, value, least, optional in (
+            ("batch", batch, 1, False),
+            ("shard", shard, 1, False),
+            ("top", top, 0, True),
+            ("threads", threads, 1, True),
+        ):
+            if value is None and optional:
+                continue
+            if type(value) is not int or value < least:
+                raise DatasetError(
+                    f"{name} is an integer of {least} or more. Received: "
+                    f"{errors.brief(value)}. Pass such a number."
+                )
+        if type(float16) is not bool:
             raise DatasetError(
-                f"{name} is an integer of 1 or more. Received: "
-                f"{errors.brief(value)}. Pass such a number."
+                f"float16 is True or False. Received: {errors.brief(float16)}. "
+                "Pass one of them."
             )
-    # Its options are checked here, not by the workers.
-    items.Reader(**reader).close()
-    output = os.fsdecode(output)
-    model = os.fsdecode(model)
-    encoder = bulk_steps.load(model, preset, top)
-    facts = encoder.facts(float16=float16)
-    finished = bulk_output.parts(output)
-    bulk_output.check(output, finished, facts)
-    handler = EncoderHandler(model, preset, top, facts, threads)
-    if isinstance(sources, beam.PCollection):
-        found = sources
-    else:
-        found = (
+        # Its options are checked here, not by the workers.
+        items.Reader(**reader).close()
+        output = os.fsdecode(output)
+        bulk_output.require_system(output)
+        model = os.fsdecode(model)
+        facts = bulk_steps.load(model, preset, top).facts(float16=float16)
+        handler = EncoderHandler(model, preset, top, facts, threads)
+        read = ReadAndDecode(handler, batch, threads, reader)
+        return cls(output, facts, handler, read, shard)
+
+    def add(
+        self,
+        pipeline,
+        sources,
+        search: Mapping[str, Any],
+        run_name: str,
+        retry_errors: bool = False,
+    ):
+        """Adds the steps to a pipeline: see `build`."""
+        if isinstance(sources, beam.PCollection):
+            found = sources
+        else:
+            found = (
+                pipeline
+                | "Sources" >> beam.Create(list(map(_as_json, _list(sources))))
+                | "Spread" >> beam.Reshuffle()
+                | "Find" >> beam.FlatMap(_find, **search)
+            )
+        finished = bulk_output.parts(self.output)
+        done = (
             pipeline
-            | "Sources" >> beam.Create(list(map(_as_json, sources)))
-            | "Spread" >> beam.Reshuffle()
-            | "Find"
-            >> beam.FlatMap(
-                _find, column=column, split=split, data_dir=data_dir
-            )
+            | "Finished" >> beam.Create(finished, reshuffle=True)
+            | "ReadIds"
+            >> beam.FlatMap(bulk_steps.ids, self.facts, retry_errors)
         )
-    done = (
-        pipeline
-        | "Finished" >> beam.Create(finished, reshuffle=True)
-        | "ReadIds" >> beam.FlatMap(bulk_steps.ids, facts)
-    )
-    wanted = found | "Pack" >> beam.Map(bulk_steps.by_id)
-    return (
-        {"wanted": wanted, "done": done}
-        | "ById" >> beam.CoGroupByKey()
-        | "Missing" >> beam.FlatMap(bulk_steps.missing)
-        | "Handle"
-        >> _Handle(
-            shard, ReadAndDecode(handler, batch, threads, reader), handler
+        wanted = found | "Pack" >> beam.Map(bulk_steps.by_id)
+        return (
+            {"wanted": wanted, "done": done}
+            | "ById" >> beam.CoGroupByKey()
+            | "Missing" >> beam.FlatMap(bulk_steps.missing)
+            | "Handle" >> _Handle(self.shard, self.read, self.handler)
+            | "Write" >> beam.ParDo(Write(self.output, run_name, self.facts))
         )
-        | "Write"
-        >> beam.ParDo(Write(output, run_name or bulk_output.new_name(), facts))
-    )
 
 
 def run(
-    sources: Sequence[str],
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str],
@@ -216,13 +277,15 @@ def run(
     """Runs the pipeline to its end.
 
     Args:
-      sources: each whatever bit_tf.items.find takes; every worker must find
-        them.
+      sources: one or several, each whatever bit_tf.items.find takes; every
+        worker must find them.
       output: a directory, of any file system that Beam knows.
       model: a TF-Hub handle, a SavedModel directory or an archive.
       beam_options: as on a command line, such as "--runner=DataflowRunner".
-      overwrite: whether tables that are there are removed first.
-      retry_errors: whether rows with an error are done again.
+      overwrite: whether tables that are there are removed first, once the
+        arguments, the runner and the model were found to be good.
+      retry_errors: whether pictures of `sources` that have rows with an error
+        are done again; these rows go when the pipeline is done.
       column, split, data_dir: see bit_tf.items.find.
       progress: whether stderr shows the shards that are written, if it is a
         terminal and the directory is on this machine.
@@ -238,11 +301,14 @@ def run(
       DatasetError: no pictures are found, or the directory's vectors are of
         another model or preset.
       HandleError: there is no such model.
+      MissingExtraError: Beam lacks the package of the output's file system.
       UnknownNameError: Beam has no such option or runner.
       BitTfError: the pipeline failed.
     """
     start = time.monotonic()
     output = os.fsdecode(output)
+    bulk_output.require_system(output)
+    sources = _list(sources)
     chosen = options(beam_options)
     arguments.setdefault("threads", threads_of(chosen))
     search: dict[str, Any] = {
@@ -253,23 +319,21 @@ def run(
     # What is wrong with the sources is told before any worker starts.
     items.find(sources, **search)
     with bulk_output.locked(output):
-        if overwrite:
-            bulk_output.remove(output)
-        elif retry_errors:
-            bulk_output.drop_errors(output)
         name = bulk_output.new_name()
         try:
             pipeline = _pipeline(chosen)
-            build(
-                pipeline,
-                sources,
-                output,
-                model=model,
-                run_name=name,
-                **search,
-                **arguments,
-            )
+            plan = _Plan.checked(output, model=model, **arguments)
+            if overwrite:
+                bulk_output.remove(output)
+            else:
+                finished = bulk_output.parts(output)
+                bulk_output.check(output, finished, plan.facts)
+                bulk_output.drop_old_errors(output)
+            if retry_errors:
+                bulk_output.expect_retries(output)
+            plan.add(pipeline, sources, search, name, retry_errors)
             result = _finish(pipeline, output, name, progress)
+            bulk_output.drop_old_errors(output)
             return _summary(result, output, name, time.monotonic() - start)
         finally:
             bulk_steps.forget()
@@ -382,9 +446,16 @@ def _summary(result, output: str, name: str, seconds: float) -> Summary:
     )
 
 
-def _as_json(source: str | os.PathLike[str]) -> str:
+def _list(sources) -> list[str]:
+    """Sources as a list; one may come alone."""
+    if isinstance(sources, str | os.PathLike):
+        return [os.fsdecode(sources)]
+    return [os.fsdecode(source) for source in sources]
+
+
+def _as_json(source: str) -> str:
     # Names may hold surrogates, which Beam's coder of text refuses.
-    return json.dumps(os.fsdecode(source))
+    return json.dumps(source)
 
 
 def _find(source: str, **search) -> Iterator[Item]:

@@ -42,7 +42,7 @@ def options(beam_options: Sequence[str]) -> pipeline_options.PipelineOptions:
             f"Received: {beam_options!r}."
         )
     texts = list(beam_options)
-    parser = _Parser(allow_abbrev=False)
+    parser = _Parser(allow_abbrev=False, add_help=False)
     for kind in pipeline_options.PipelineOptions.__subclasses__():
         kind._add_argparse_args(parser)
     known, unknown = parser.parse_known_args(texts)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import io
+import json
 import os
 import re
 import secrets
@@ -20,7 +21,8 @@ __all__ = [
     "ERRORS",
     "check",
     "count",
-    "drop_errors",
+    "drop_old_errors",
+    "expect_retries",
     "is_remote",
     "join",
     "locked",
@@ -30,16 +32,22 @@ __all__ = [
     "put",
     "read_ids",
     "remove",
+    "require_system",
 ]
 
 # The folder of dead letters. Readers of Parquet pass over names with "_".
 ERRORS = "_errors"
 _LOCK = "_bulk.lock"
 _LOCAL_ENGINE = "_embed.sqlite"
+# Is there while an id may have rows in two tables.
+_RETRY = "_retry"
+# File systems of Beam's, and the extra of apache-beam that brings them.
+_EXTRAS = {"gs": "gcp", "s3": "aws", "azfs": "azure", "hdfs": "hadoop"}
 # What a process left that was killed while it wrote.
-_LITTER = re.compile(r"\.part-.*\.(parquet|jsonl)\.[0-9a-f]{16}\.tmp")
+_LITTER = re.compile(r"\.(part-.*\.(parquet|jsonl)|_retry)\.[0-9a-f]{16}\.tmp")
 _OURS = re.compile(
-    r"part-[^/]*\.parquet|_errors|_bulk\.lock|_unfinished-.*|" + _LITTER.pattern
+    r"part-[^/]*\.parquet|_errors|_bulk\.lock|_retry|_unfinished-.*|"
+    + _LITTER.pattern
 )
 _OF = re.compile(r"-of-([0-9]+)\.parquet")
 
@@ -47,6 +55,43 @@ _OF = re.compile(r"-of-([0-9]+)\.parquet")
 def is_remote(path: str) -> bool:
     """Whether a path is of a file system other than this machine's."""
     return filesystems.FileSystems.get_scheme(path) is not None
+
+
+def require_system(output: str) -> None:
+    """Refuses a directory of a file system that Beam cannot write to.
+
+    Raises:
+      DatasetError: Beam knows none of that name, or takes the directory's name
+        as a pattern.
+      MissingExtraError: Beam knows it, and its package is not installed.
+    """
+    scheme = filesystems.FileSystems.get_scheme(output)
+    if scheme is None:
+        return
+    if scheme == "file":
+        raise DatasetError(
+            "A directory of this machine is a path. Received: "
+            f"{output!r}. Leave out 'file://'."
+        )
+    try:
+        filesystems.FileSystems.get_filesystem(output)
+    except ValueError as error:
+        if scheme in _EXTRAS:
+            raise errors.MissingExtraError(
+                f"{scheme}:// needs the file system of Apache Beam that an "
+                f"extra of it brings. Received: {output!r}. Install it with: "
+                f"pip install 'apache-beam[{_EXTRAS[scheme]}]'"
+            ) from error
+        known = ", ".join(f"{name}://" for name in _EXTRAS)
+        raise DatasetError(
+            "A directory is a path, or of a file system of Apache Beam's, such "
+            f"as {known}. Received: {output!r}. Name another."
+        ) from error
+    if any(mark in output for mark in "*?[]"):
+        raise DatasetError(
+            "The name of a directory in a file system of Apache Beam's is "
+            f"without *, ?, [ and ]. Received: {output!r}. Name another."
+        )
 
 
 def join(folder: str, name: str) -> str:
@@ -105,28 +150,36 @@ def check(output: str, found: list[str], facts: Facts) -> None:
         )
 
 
-def read_ids(path: str, facts: Facts) -> Iterator[str]:
-    """The ids of a table.
+def read_ids(path: str, facts: Facts) -> Iterator[tuple[str, bool]]:
+    """The ids of a table, each with whether its row has an error.
 
     Raises:
-      DatasetError: it is no table with these facts.
+      DatasetError: it is no table with these facts, or damaged.
     """
-    parquet = errors.import_extra("pyarrow.parquet", "parquet")
     with _open(path) as file:
         _facts(file, path).require_same(
             facts, repr(path), "Move it away, or name another directory."
         )
-        for batch in parquet.ParquetFile(file).iter_batches(columns=["id"]):
-            yield from batch.column(0).to_pylist()
+        yield from _ids(file, path)
+
+
+def _ids(file, path: str) -> Iterator[tuple[str, bool]]:
+    with _whole(path), embedding_table.parquet_file(file) as table:
+        for batch in table.iter_batches(columns=["id", "error"]):
+            failed = batch.column("error").is_valid().to_pylist()
+            yield from zip(batch.column("id").to_pylist(), failed, strict=True)
 
 
 def count(found: list[str]) -> tuple[int, int]:
-    """(rows, rows with an error) of tables, by their footers."""
-    parquet = errors.import_extra("pyarrow.parquet", "parquet")
+    """(rows, rows with an error) of tables, by their footers.
+
+    Raises:
+      DatasetError: one is damaged.
+    """
     rows = failed = 0
     for path in found:
-        with _open(path) as file:
-            footer = parquet.ParquetFile(file).metadata
+        with _open(path) as file, _whole(path):
+            footer = embedding_table.parquet_file(file).metadata
         column = footer.schema.names.index("error")
         rows += footer.num_rows
         for number in range(footer.num_row_groups):
@@ -171,36 +224,77 @@ def remove(output: str) -> None:
     found = parts(output)
     if not is_remote(output):
         _refuse_foreign(output)
-    found += _match(join(join(output, ERRORS), "part-*.jsonl"))
-    if found:
-        filesystems.FileSystems.delete(found)
+    _delete([*found, *_letters(output)])
+    _delete(_there(output, _RETRY))
 
 
-def drop_errors(output: str) -> None:
-    """Removes the rows with an error, and their dead letters.
+def expect_retries(output: str) -> None:
+    """Notes that rows with an error may get others beside them."""
+    put(output, _RETRY, b"")
+
+
+def drop_old_errors(output: str) -> None:
+    """Removes rows with an error whose ids later tables have too.
+
+    Nothing is done unless `expect_retries` noted that there may be some. Their
+    dead letters go with them.
 
     Raises:
       DatasetError: a table is damaged, or none of these.
     """
-    parquet = errors.import_extra("pyarrow.parquet", "parquet")
-    for path in parts(output):
-        if not count([path])[1]:
-            continue
+    note = _there(output, _RETRY)
+    if not note:
+        return
+    found = parts(output)
+    # Names begin with the time; the newest table has the latest row of an id.
+    failed: dict[str, str] = {}
+    old: dict[str, set[str]] = {}
+    done: set[str] = set()
+    for path in found:
+        if count([path])[1]:
+            with _open(path) as file:
+                for name, bad in _ids(file, path):
+                    if bad:
+                        if name in failed:
+                            old.setdefault(failed[name], set()).add(name)
+                        failed[name] = path
+    for path in found:
         with _open(path) as file:
-            facts = _facts(file, path)
-            table = parquet.read_table(file)
-        kept = table.filter(table.column("error").is_null())
-        name = os.path.basename(path)
-        letters = join(join(output, ERRORS), name.replace(".parquet", ".jsonl"))
-        gone = _match(letters)
-        if kept.num_rows:
-            data = io.BytesIO()
-            embedding_table.write(data, embedding_table.rows_of(kept), facts)
-            put(output, name, data.getvalue())
+            for name, bad in _ids(file, path):
+                if not bad and name in failed:
+                    done.add(name)
+    for name in done:
+        old.setdefault(failed[name], set()).add(name)
+    for path, names in old.items():
+        _without(output, path, names)
+    _delete(note)
+
+
+def _without(output: str, path: str, ids: set[str]) -> None:
+    """Removes rows with an error from a table, and their dead letters."""
+    with _open(path) as file, _whole(path):
+        facts = _facts(file, path)
+        table = embedding_table.parquet_file(file).read()
+    kept = [
+        row
+        for row in embedding_table.rows_of(table)
+        if row.error is None or row.id not in ids
+    ]
+    if kept:
+        data = io.BytesIO()
+        embedding_table.write(data, kept, facts)
+        put(output, os.path.basename(path), data.getvalue())
+    else:
+        _delete([path])
+    name = os.path.basename(path).replace(".parquet", ".jsonl")
+    for letters in _there(join(output, ERRORS), name):
+        with _open(letters) as file:
+            lines = file.read().splitlines(keepends=True)
+        rest = [line for line in lines if json.loads(line)["id"] not in ids]
+        if rest:
+            put(join(output, ERRORS), name, b"".join(rest))
         else:
-            gone.append(path)
-        if gone:
-            filesystems.FileSystems.delete(gone)
+            _delete([letters])
 
 
 @contextlib.contextmanager
@@ -279,23 +373,59 @@ def _refuse_foreign(output: str) -> None:
 
 
 def _facts(file, path: str) -> Facts:
-    arrow = errors.import_extra("pyarrow", "parquet")
     parquet = errors.import_extra("pyarrow.parquet", "parquet")
-    try:
+    with _whole(path):
         schema = parquet.read_schema(file)
+        file.seek(0)
+    return Facts.of(schema, repr(path))
+
+
+@contextlib.contextmanager
+def _whole(path: str) -> Iterator[None]:
+    """Turns what pyarrow raises for a damaged file into our exception."""
+    arrow = errors.import_extra("pyarrow", "parquet")
+    try:
+        yield
     except (OSError, arrow.ArrowException) as error:
         raise DatasetError(
             "A table of vectors is a whole Parquet file. Received: "
             f"{path!r} ({errors.brief(str(error))}). Move it away."
         ) from error
-    file.seek(0)
-    return Facts.of(schema, repr(path))
 
 
 def _open(path: str):
     return filesystems.FileSystems.open(
         path, compression_type=filesystem.CompressionTypes.UNCOMPRESSED
     )
+
+
+def _there(folder: str, name: str) -> list[str]:
+    """The path of a file in a folder, if it is there."""
+    path = join(folder, name)
+    return [path] if filesystems.FileSystems.exists(path) else []
+
+
+def _letters(output: str) -> list[str]:
+    folder = join(output, ERRORS)
+    if is_remote(output):
+        return _match(join(folder, "part-*.jsonl"))
+    if not os.path.isdir(folder):
+        return []
+    return [
+        os.path.join(folder, name)
+        for name in sorted(os.listdir(folder))
+        if name.startswith("part-") and name.endswith(".jsonl")
+    ]
+
+
+def _delete(paths: list[str]) -> None:
+    # Beam takes names as patterns, of this machine's files too.
+    for path in paths:
+        if not is_remote(path):
+            os.unlink(path)
+    remote = [path for path in paths if is_remote(path)]
+    if remote:
+        filesystems.FileSystems.delete(remote)
 
 
 def _match(pattern: str) -> list[str]:

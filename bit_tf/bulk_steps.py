@@ -440,10 +440,13 @@ def rows_of(handled: Handled) -> Iterator[Row]:
         yield row
 
 
-def ids(path: str, facts: Facts) -> Iterator[tuple[str, bool]]:
-    """The ids of a table, as keys."""
-    for name in bulk_output.read_ids(path, facts):
-        yield name, True
+def ids(
+    path: str, facts: Facts, retry_errors: bool
+) -> Iterator[tuple[str, bool]]:
+    """The ids of a table that are done, as keys."""
+    for name, failed in bulk_output.read_ids(path, facts):
+        if not (failed and retry_errors):
+            yield name, True
 
 
 def _counter(name: str):

@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ _HELD = 256 * 2**20
 _MODEL_CALLS = 2
 # Row groups of earlier shards that are kept for duplicates.
 _GROUPS = 8
+# Errors that a summary holds.
+_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Summary:
       errors: rows that got an error.
       skipped: rows that were done before.
       seconds: of this run.
+      skipped_errors: of the rows that were done before, those with an error.
+      first_errors: (source, error) of the first rows that got one; none where
+        Apache Beam ran.
     """
 
     images: int = 0
@@ -53,14 +59,19 @@ class Summary:
     errors: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    skipped_errors: int = 0
+    first_errors: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         done = self.encoded + self.duplicates + self.errors
         rate = done / self.seconds if self.seconds else 0.0
+        old = ""
+        if self.skipped_errors:
+            old = f", of them {self.skipped_errors} with an error"
         return (
             f"{self.images} images: {self.encoded} encoded, "
             f"{self.duplicates} duplicates, {self.errors} errors, "
-            f"{self.skipped} done before; {self.seconds:.1f} s, "
+            f"{self.skipped} done before{old}; {self.seconds:.1f} s, "
             f"{rate:.1f} images/s"
         )
 
@@ -135,22 +146,31 @@ class _Ahead:
         self._changed = threading.Condition()
         self.stopped = False
 
-    def enter(self) -> None:
-        """Waits for room for a task, which there is if there is no other."""
+    def enter(self, size: int) -> None:
+        """Waits for room for a task, which there is if there is no other.
+
+        Args:
+          size: bytes that it will hold, as far as is known.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: (
                     self.stopped
                     or self._tasks == 0
-                    or (self._tasks < self._count and self._bytes < self._size)
+                    or (
+                        self._tasks < self._count
+                        and self._bytes + size <= self._size
+                    )
                 )
             )
             self._tasks += 1
+            self._bytes += size
 
     def grow(self, size: int) -> None:
-        """Counts bytes that a task came to hold."""
+        """Counts bytes that a task came to hold, or holds no more."""
         with self._changed:
             self._bytes += size
+            self._changed.notify()
 
     def leave(self, size: int) -> None:
         """Gives back a task's room."""
@@ -237,9 +257,10 @@ class Engine:
             whose vectors are copied, is damaged.
         """
         total, done = self._plan.counts()
+        bad = self._plan.erroneous()
         if self._retry:
-            done -= self._plan.erroneous()
-        self.summary = Summary(images=total, skipped=done)
+            done, bad = done - bad, 0
+        self.summary = Summary(images=total, skipped=done, skipped_errors=bad)
         with tqdm(
             total=total,
             initial=done,
@@ -277,10 +298,9 @@ class Engine:
 
         try:
             for item, data in self._reader.read_all(wanted(), window=_WINDOW):
-                self._ahead.enter()
-                if self._ahead.stopped:
-                    return
                 task = self._begin(*slots.popleft(), item, data)
+                if task is None:
+                    return
                 with self._changed:
                     self._tasks.append(task)
                     self._changed.notify()
@@ -306,20 +326,29 @@ class Engine:
                     continue
             yield _Work(shard, self._plan.items(shard), again)
 
-    def _begin(self, work: _Work, number: int, item: items.Item, data) -> _Task:
+    def _begin(
+        self, work: _Work, number: int, item: items.Item, data
+    ) -> _Task | None:
+        """Starts a picture, once there is room; None if all is to stop."""
         row = Row(item.id, item.source)
+        task = _Task(work, number, row)
+        digest = ""
         if isinstance(data, ImageError):
-            return _Task(work, number, row._replace(error=str(data)))
-        digest = hashlib.sha256(data).hexdigest()
-        task = _Task(work, number, row._replace(sha256=digest))
-        task.copy = self._places.get(digest) or self._plan.seen(
-            digest, work.shard.number
-        )
-        if task.copy is None:
+            task.row = row._replace(error=str(data))
+        else:
+            digest = hashlib.sha256(data).hexdigest()
+            task.row = row._replace(sha256=digest)
+            task.copy = self._places.get(digest) or self._plan.seen(
+                digest, work.shard.number
+            )
+            if task.copy is None:
+                task.size = len(data) + self._encoder.size_of(data)
+        self._ahead.enter(task.size)
+        if self._ahead.stopped:
+            return None
+        if digest and task.copy is None:
             self._places[digest] = Place(work.shard.number, number)
             work.hashes.append(digest)
-            task.size = len(data)
-            self._ahead.grow(task.size)
             task.prepared = self._decoders.submit(self._prepare, task, data)
             task.prepared.add_done_callback(self._notify)
         return task
@@ -394,10 +423,13 @@ class Engine:
         for task, found in zip(
             batch.tasks, batch.encoded.result(), strict=True
         ):
-            task.work.rows[task.number] = task.row._replace(
+            row = task.row._replace(
                 embedding=found.embedding,
                 names=found.names,
                 scores=found.scores,
+            )
+            task.work.rows[task.number] = embedding_table.checked(
+                row, self._facts
             )
 
     def _finish(self, work: _Work) -> int:
@@ -431,6 +463,9 @@ class Engine:
             encoded=before.encoded + encoded,
             duplicates=before.duplicates + duplicates,
             errors=before.errors + done - encoded - duplicates,
+            first_errors=(before.first_errors + _failed(table, work.again))[
+                :_SHOWN
+            ],
         )
         return done
 
@@ -450,6 +485,15 @@ class Engine:
         return os.path.join(self._output, part_name(shard.number))
 
 
+def _failed(
+    table: Sequence[Row], numbers: Sequence[int]
+) -> tuple[tuple[str, str], ...]:
+    """(source, error) of the first of some rows that have one."""
+    found = ((table[number].source, table[number].error) for number in numbers)
+    failed = ((source, error) for source, error in found if error is not None)
+    return tuple(itertools.islice(failed, _SHOWN))
+
+
 def read_shard(path: str, facts: Facts, group: int | None = None) -> list[Row]:
     """The rows of a shard.
 
@@ -462,9 +506,8 @@ def read_shard(path: str, facts: Facts, group: int | None = None) -> list[Row]:
       DatasetError: it is damaged, or of another model.
     """
     arrow = errors.import_extra("pyarrow", "parquet")
-    parquet = errors.import_extra("pyarrow.parquet", "parquet")
     try:
-        with parquet.ParquetFile(path) as file:
+        with embedding_table.parquet_file(path) as file:
             Facts.of(file.schema_arrow, repr(path)).require_same(
                 facts, repr(path), "Write it anew."
             )

@@ -24,6 +24,8 @@ __all__ = ["DEFAULT_PRESET", "DEFAULT_TOP", "Encoded", "Encoder", "Prepared"]
 DEFAULT_PRESET = "big_transfer eval"
 DEFAULT_TOP = 5
 
+# Three of float32.
+_BYTES_OF_PIXEL = 12
 _FEATURES = ("image_feature_vector", "features")
 _CLASSES = ("image_classification", "probabilities")
 
@@ -160,6 +162,24 @@ class Encoder:
             height,
             sha256 or hashlib.sha256(data).hexdigest(),
         )
+
+    def size_of(self, data: bytes) -> int:
+        """Bytes that `prepare` will return, as far as the header tells.
+
+        Args:
+          data: a picture file's bytes; 0 is what it returns of one that has no
+            header.
+        """
+        side = self.preset.crop
+        if side is None and self.preset.resize == "squash":
+            side = self.preset.size
+        if side is not None:
+            return side * side * _BYTES_OF_PIXEL
+        height, width = images.measure(data)
+        if self.preset.size is not None and min(height, width) > 0:
+            scale = self.preset.size / min(height, width)
+            height, width = round(height * scale), round(width * scale)
+        return height * width * _BYTES_OF_PIXEL
 
     def encode(self, batch: Sequence[Prepared]) -> list[Encoded]:
         """Runs the model.

@@ -84,6 +84,7 @@ class Plan:
         self._path = os.fspath(path)
         self._lock = threading.RLock()
         with self._checked():
+            _make(self._path)
             self._database = sqlite3.connect(
                 self._path, isolation_level=None, check_same_thread=False
             )
@@ -95,6 +96,10 @@ class Plan:
                 if known == 0:
                     for table in _TABLES:
                         run(table)
+                    run(
+                        "INSERT INTO meta VALUES ('folder', ?)",
+                        [json.dumps(_here())],
+                    )
                     run(f"PRAGMA user_version = {_SCHEMA}")
                 elif known != _SCHEMA:
                     raise DatasetError(
@@ -103,6 +108,8 @@ class Plan:
                         "bit_tf that made it, or write all anew with "
                         "--overwrite."
                     )
+            # Paths of ids are relative to it.
+            self._folder = json.loads(self.get("folder") or '""')
         except BaseException:
             self._database.close()
             raise
@@ -137,6 +144,10 @@ class Plan:
 
         Returns:
           How many are new.
+
+        Raises:
+          DatasetError: an id is there with the path of another file or
+            archive; or what iterating raises.
         """
         with self._transaction() as run:
             (planned,) = run(
@@ -146,14 +157,24 @@ class Plan:
                 "SELECT coalesce(max(number) + 1, 0) FROM shards"
             ).fetchone()
             for item in found:
-                run(
+                values = self._packed(item)
+                added = run(
                     "INSERT INTO items (id, source, location) "
-                    "VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-                    "source = excluded.source, location = excluded.location "
-                    "WHERE source IS NOT excluded.source "
-                    "OR location IS NOT excluded.location",
-                    _packed(item),
+                    "VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                    values,
                 )
+                if not added.rowcount:
+                    known = run(
+                        "SELECT id, source, location FROM items WHERE id = ?",
+                        [item.id],
+                    ).fetchone()
+                    if known != values:
+                        _require_same_place(self._unpacked(*known), item)
+                        run(
+                            "UPDATE items SET source = ?, location = ? "
+                            "WHERE id = ?",
+                            [*values[1:], item.id],
+                        )
             (total,) = run("SELECT count(*) FROM items").fetchone()
             for first in range(planned, total, shard):
                 run(
@@ -199,7 +220,7 @@ class Plan:
             shard.first,
             shard.first + shard.count,
         )
-        return [_unpacked(*row) for row in rows]
+        return [self._unpacked(*row) for row in rows]
 
     def ids(self, shard: Shard) -> list[str]:
         """The ids of a shard's items, in order."""
@@ -263,6 +284,27 @@ class Plan:
         with self._lock, self._checked():
             return self._database.execute(statement, values).fetchall()
 
+    def _packed(self, item: Item) -> tuple[str, str | None, str | None]:
+        """An item's columns, without what follows from its id."""
+        location = list(item.location)
+        usual = self._usual(item.id)
+        return (
+            item.id,
+            None if item.source == item.id else item.source,
+            None if location == usual else json.dumps(location),
+        )
+
+    def _unpacked(
+        self, id_: str, source: str | None, location: str | None
+    ) -> Item:
+        place = self._usual(id_) if location is None else json.loads(location)
+        return Item(id_, id_ if source is None else source, tuple(place))
+
+    def _usual(self, id_: str) -> list[str]:
+        if _URL.match(id_):
+            return ["url", id_]
+        return ["file", os.path.join(self._folder, id_)]
+
     @contextlib.contextmanager
     def _transaction(self):
         with self._lock:
@@ -290,20 +332,35 @@ class Plan:
             ) from error
 
 
-def _packed(item: Item) -> tuple[str, str | None, str | None]:
-    """An item's columns, without what follows from its id."""
-    location = list(item.location)
-    return (
-        item.id,
-        None if item.source == item.id else item.source,
-        None if location == _default(item.id) else json.dumps(location),
-    )
+def _make(path: str) -> None:
+    """Makes a file that its owner alone reads: URLs may hold passwords."""
+    # What is wrong with the path, the database says.
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
-def _unpacked(id_: str, source: str | None, location: str | None) -> Item:
-    place = _default(id_) if location is None else json.loads(location)
-    return Item(id_, id_ if source is None else source, tuple(place))
+def _here() -> str:
+    """The working directory, or "" where it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
-def _default(id_: str) -> list[str]:
-    return ["url" if _URL.match(id_) else "file", id_]
+def _require_same_place(known: Item, found: Item) -> None:
+    """Refuses two files of one name.
+
+    Raises:
+      DatasetError: as said.
+    """
+    places = [
+        location[1:2] if location[:1] in (("file",), ("tar",)) else None
+        for location in map(tuple, (known.location, found.location))
+    ]
+    if places[0] != places[1]:
+        raise DatasetError(
+            f"An id means one picture. Received: {found.id!r} for "
+            f"{list(found.location)}, which was {list(known.location)} "
+            "before. Run from the same directory as before, or name sources "
+            "by absolute paths in another directory of vectors."
+        )

@@ -10,11 +10,12 @@ of an unbroken one.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from absl import logging
@@ -30,15 +31,23 @@ from bit_tf.presets import Preset
 __all__ = ["Summary", "run"]
 
 _LOCK = "_embed.lock"
+# The plan that takes the other's place, once all sources are listed.
+_NEXT = "_embed.next.sqlite"
+_STAGING = re.compile(
+    r"\.part-[0-9]+\.parquet\.[0-9a-f]{16}\.tmp|"
+    r"_embed\.next\.sqlite(-journal)?"
+)
 _OURS = re.compile(
     r"part-[0-9]+\.parquet|_embed\.(sqlite|sqlite-journal|lock)|"
-    r"\.part-[0-9]+\.parquet\.[0-9a-f]{16}\.tmp"
+    + _STAGING.pattern
 )
-_STAGING = re.compile(r"\.part-[0-9]+\.parquet\.[0-9a-f]{16}\.tmp")
 
 
 def run(
-    sources: Sequence[str] | Iterable[items.Item],
+    sources: str
+    | os.PathLike[str]
+    | Iterable[str | os.PathLike[str]]
+    | Iterable[items.Item],
     output: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str],
@@ -74,7 +83,8 @@ def run(
       top: classes of each picture, of a classifier; 0 is none, None is 5 of a
         classifier and 0 of another model.
       retry_errors: whether rows with an error are done again.
-      overwrite: whether all that the directory has is made anew.
+      overwrite: whether all that the directory has is made anew; it is
+        removed once the sources are listed.
       progress: whether a bar is shown, on a terminal.
       column, data_dir, split: of bit_tf.items.find.
       reader: options of bit_tf.items.Reader.
@@ -91,6 +101,11 @@ def run(
       MissingExtraError: pyarrow is not installed.
     """
     start = time.monotonic()
+    if top is not None and (type(top) is not int or top < 0):
+        raise DatasetError(
+            "top is an integer of 0 or more, or None. Received: "
+            f"{errors.brief(top)}. Pass such a number."
+        )
     for name, value in {"batch": batch, "shard": shard}.items():
         if type(value) is not int or value < 1:
             raise DatasetError(
@@ -99,29 +114,26 @@ def run(
             )
     errors.import_extra("pyarrow.parquet", "parquet")
     output = os.path.abspath(os.fsdecode(output))
-    if isinstance(sources, Sequence) and all(
-        isinstance(source, str) for source in sources
-    ):
-        found: Iterable[items.Item] = items.find(
-            sources, column=column, data_dir=data_dir, split=split
-        )
-    else:
-        found = sources  # type: ignore[assignment]
+    found = _found(sources, column=column, data_dir=data_dir, split=split)
     _require_ours(output, overwrite)
     os.makedirs(output, exist_ok=True)
     with files.locked(os.path.join(output, _LOCK), f"embeds into {output}"):
         _require_ours(output, overwrite)
         encoder = Encoder(model, preset, top)
         facts = encoder.facts(float16)
-        if overwrite:
-            _clear(output)
         _sweep(output)
-        with (
-            Plan(os.path.join(output, FILE_NAME)) as plan,
-            items.Reader(**reader) as opened,
-        ):
+        path = os.path.join(output, FILE_NAME)
+        with items.Reader(**reader) as opened, contextlib.ExitStack() as stack:
+            if overwrite:
+                following = os.path.join(output, _NEXT)
+                with Plan(following) as plan:
+                    plan.add(found, shard)
+                _clear(output)
+                os.replace(following, path)
+            plan = stack.enter_context(Plan(path))
             _require_facts(plan, facts, output)
-            plan.add(found, shard)
+            if not overwrite:
+                plan.add(found, shard)
             _look(plan, facts, output)
             engine = Engine(
                 plan,
@@ -135,6 +147,45 @@ def run(
             with _explained(output, plan):
                 engine.run(progress)
     return dataclasses.replace(engine.summary, seconds=time.monotonic() - start)
+
+
+def _found(sources: Any, **options: Any) -> Iterator[items.Item]:
+    """The items of sources, or those that were given.
+
+    Raises:
+      DatasetError: there are none, or they are of another type.
+    """
+    if isinstance(sources, (str, bytes, os.PathLike)):
+        sources = [sources]
+    try:
+        given = iter(sources)
+    except TypeError:
+        given = iter([sources])
+    first = next(given, None)
+    if first is None:
+        return items.find([])
+    given = itertools.chain([first], given)
+    if isinstance(first, items.Item):
+        return map(_checked, given)
+    named = list(given)
+    items.require_use(named, column=options["column"], split=options["split"])
+    return items.find(named, **options)
+
+
+def _checked(item: Any) -> items.Item:
+    """An item that can be kept."""
+    try:
+        if not isinstance(item, items.Item):
+            raise TypeError("no bit_tf.items.Item")
+        (item.id + item.source).encode()
+        json.dumps(list(item.location))
+    except (TypeError, ValueError) as error:
+        raise DatasetError(
+            "Pictures are sources, or items with an id and a source of text "
+            "and a location of JSON's types. Received: "
+            f"{errors.brief(item)} ({error}). Mend it, or leave it out."
+        ) from error
+    return item
 
 
 def _require_ours(output: str, overwrite: bool) -> None:
@@ -160,7 +211,8 @@ def _require_ours(output: str, overwrite: bool) -> None:
             "Move it away, or name another directory."
         )
     known = FILE_NAME in names
-    if not known and not overwrite and set(names) - {_LOCK}:
+    rest = [n for n in names if n != _LOCK and not _STAGING.fullmatch(n)]
+    if not known and not overwrite and rest:
         raise DatasetError(
             "Vectors are written into a new directory, an empty one, or one "
             f"that bit-tf embed made ({FILE_NAME}). Received: {output!r} with "
@@ -170,14 +222,11 @@ def _require_ours(output: str, overwrite: bool) -> None:
 
 
 def _clear(output: str) -> None:
-    """Removes the table and its plan; what is left of it says so meanwhile."""
+    """Removes the table, but for its plan, which says whose the rest is."""
     names = [name for name in os.listdir(output) if _OURS.fullmatch(name)]
     for name in sorted(names):
-        # The plan goes last: without it the rest would be nobody's.
-        if name not in (_LOCK, FILE_NAME):
+        if name not in (_LOCK, FILE_NAME, _NEXT):
             os.unlink(os.path.join(output, name))
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(output, FILE_NAME))
 
 
 def _sweep(output: str) -> None:

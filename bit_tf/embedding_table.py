@@ -25,6 +25,8 @@ __all__ = [
     "ROW_GROUP",
     "Facts",
     "Row",
+    "checked",
+    "parquet_file",
     "part_paths",
     "read_facts",
     "record_batch",
@@ -35,6 +37,8 @@ __all__ = [
 
 # Rows of a row group.
 ROW_GROUP = 256
+# What is rounded to infinity in half precision.
+_HALF_OVERFLOWS = 65520
 _PART = re.compile(r"part-[0-9A-Za-z._-]*\.parquet")
 _KEYS = ("model", "model_hash", "preset", "preset_json", "version", "dim")
 
@@ -137,6 +141,8 @@ class Facts:
                 float16="halffloat" in kind,
                 top=int(metadata.get(b"top", b"0")),
             )
+            if facts.dim < 1:
+                raise ValueError(f"dim {facts.dim}")
             expected = facts.schema()
             if not found.equals(expected):
                 raise ValueError(
@@ -233,14 +239,55 @@ def schema(
     return arrow.schema(fields, metadata=dict(model))
 
 
-def record_batch(rows: Sequence[Row], facts: Facts):
-    """Rows as a pyarrow.RecordBatch.
+def checked(row: Row, facts: Facts) -> Row:
+    """A row that a table can hold.
+
+    Returns:
+      The row; with an error in the place of its vector, if that has numbers
+      that are not finite, or that half precision cannot hold.
 
     Raises:
+      DatasetError: it has neither a vector nor an error, or a vector of
+        another length.
+    """
+    if row.embedding is None and row.error is not None:
+        return row
+    vector = np.asarray(row.embedding)
+    if row.embedding is None or vector.shape != (facts.dim,):
+        what = "no vector" if row.embedding is None else f"{vector.shape}"
+        raise DatasetError(
+            f"A row has an error, or a vector of shape ({facts.dim},). "
+            f"Received: {what} of {row.id!r}. Encode it with this model."
+        )
+    infinite = np.count_nonzero(~np.isfinite(vector))
+    largest = float(np.max(np.abs(vector), initial=0))
+    if infinite:
+        error = (
+            "A model gives finite numbers. Received: a vector with "
+            f"{infinite} of {facts.dim} that are not. Choose another model or "
+            "preset, or leave the picture out."
+        )
+    elif facts.float16 and largest >= _HALF_OVERFLOWS:
+        error = (
+            "Half precision (--float16) holds numbers up to 65504. Received: "
+            f"a vector with one of {largest:.6g}. Leave out --float16."
+        )
+    else:
+        return row
+    return Row(row.id, row.source, row.sha256, error=error)
+
+
+def record_batch(rows: Sequence[Row], facts: Facts):
+    """Rows as a pyarrow.RecordBatch; see `checked`.
+
+    Raises:
+      DatasetError: a row has neither a vector nor an error, or a vector of
+        another length.
       MissingExtraError: pyarrow is not installed.
     """
     arrow = errors.import_extra("pyarrow", "parquet")
     expected = facts.schema()
+    rows = [checked(row, facts) for row in rows]
     kind = np.float16 if facts.float16 else np.float32
     vectors = np.zeros((len(rows), facts.dim), kind)
     missing = np.zeros((len(rows), facts.dim), bool)
@@ -307,6 +354,7 @@ def write(target, rows: Iterable[Row], facts: Facts) -> None:
         facts.schema(),
         compression="zstd",
         use_dictionary=["names.list.element"],
+        write_page_checksum=True,
     ) as writer:
         group: list[Row] = []
         for row in rows:
@@ -318,14 +366,31 @@ def write(target, rows: Iterable[Row], facts: Facts) -> None:
             writer.write_batch(record_batch(group, facts))
 
 
+def parquet_file(file):
+    """A pyarrow.parquet.ParquetFile that notices damaged pages.
+
+    Args:
+      file: a path, or a binary file object.
+
+    Raises:
+      MissingExtraError: pyarrow is not installed.
+      OSError or pyarrow.ArrowException: it cannot be read; what it reads later
+        raises too.
+    """
+    parquet = errors.import_extra("pyarrow.parquet", "parquet")
+    return parquet.ParquetFile(file, page_checksum_verification=True)
+
+
 def part_paths(directory: str | os.PathLike[str]) -> list[str]:
-    """The shards of a directory, `part-*.parquet`, in order.
+    """The shards of a directory, `part-*.parquet`, in the order of numbers.
 
     Raises:
       DatasetError: it is no directory that can be read.
     """
     try:
-        names = sorted(filter(_PART.fullmatch, os.listdir(directory)))
+        names = sorted(
+            filter(_PART.fullmatch, os.listdir(directory)), key=_by_number
+        )
     except OSError as error:
         raise DatasetError(
             "A table of vectors is a directory of part-*.parquet, or one such "
@@ -333,6 +398,12 @@ def part_paths(directory: str | os.PathLike[str]) -> list[str]:
             "Write one with: bit-tf embed SOURCE --output DIR"
         ) from error
     return [os.path.join(directory, name) for name in names]
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Sorts part-100000 after part-99999."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
 def read_facts(path: str | os.PathLike[str]) -> Facts:

@@ -14,7 +14,10 @@ from bit_tf import download
 from bit_tf.download import Abort
 from bit_tf.errors import ImageFetchError
 
-__all__ = ["Fetcher", "Read", "Workers"]
+__all__ = ["LONGEST_TIMEOUT", "Fetcher", "Read", "Workers"]
+
+# Seconds.
+LONGEST_TIMEOUT = 86_400
 
 # Statuses of failures that may pass by themselves.
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -76,7 +79,9 @@ class Workers:
         self._lanes: dict[str, _Lane] = {}
         self._threads: set[threading.Thread] = set()
         self._running: set[Read] = set()
-        self._idle = 0
+        # Threads that wait, and how many of them were told to look again and
+        # have not done so yet.
+        self._idle = self._woken = 0
         self._closed = False
 
     def start(self, read: Read) -> concurrent.futures.Future[bytes]:
@@ -86,9 +91,7 @@ class Workers:
                 raise RuntimeError("These workers are closed.")
             lane = self._lanes.setdefault(read.lane, _Lane(read.limit))
             lane.reads.append(read)
-            if self._idle:
-                self._changed.notify()
-            elif len(self._threads) < self._most:
+            if not self._wake() and len(self._threads) < self._most:
                 thread = threading.Thread(target=self._work, daemon=True)
                 self._threads.add(thread)
                 thread.start()
@@ -97,7 +100,16 @@ class Workers:
     def look(self) -> None:
         """Says that reads may be ready which were not."""
         with self._changed:
+            self._woken = self._idle
             self._changed.notify_all()
+
+    def _wake(self) -> bool:
+        """Has one more thread look for work; False if none waits."""
+        if self._idle <= self._woken:
+            return False
+        self._woken += 1
+        self._changed.notify()
+        return True
 
     def cancel(self, reads: Iterable[Read]) -> None:
         """Drops reads, and ends those under way; returns at once."""
@@ -143,6 +155,7 @@ class Workers:
                 self._idle += 1
                 noted = self._changed.wait(_IDLE if wait is None else wait)
                 self._idle -= 1
+                self._woken = max(0, self._woken - 1)
                 for name in list(self._lanes):
                     self._tidy(name)
                 if not noted and not self._lanes:
@@ -165,8 +178,7 @@ class Workers:
                     self._running.add(read)
                     # The other lanes come first then.
                     self._lanes[name] = self._lanes.pop(name)
-                    if self._idle:
-                        self._changed.notify()
+                    self._wake()
                     return read, None
         return None, soonest
 
@@ -186,8 +198,7 @@ class Workers:
                 if getattr(error, "retry_after", None) is not None:
                     lane.rest = max(lane.rest, read.due)
                 lane.reads.appendleft(read)
-                if self._idle:
-                    self._changed.notify()
+                self._wake()
                 return
             self._tidy(read.lane)
         if not read.future.set_running_or_notify_cancel():
@@ -243,7 +254,8 @@ class Fetcher:
           connections: URLs in flight at once.
           per_host: of them, of one host (and port).
           retries: how often a URL is tried again.
-          timeout: seconds for each try, as in download.read_url.
+          timeout: seconds for each try, as in download.read_url; at most a
+            day.
           max_bytes: the largest body, as there.
           public_only: refuses hosts without a public address, as there.
           backoff: seconds before the first try again; doubled each time.
@@ -251,7 +263,7 @@ class Fetcher:
           seed: of the random part of the waits.
 
         Raises:
-          ValueError: a number that is too small.
+          ValueError: a number that is too small, or not of its type.
         """
         for name, value, least in (
             ("connections", connections, 1),
@@ -259,13 +271,15 @@ class Fetcher:
             ("retries", retries, 0),
             ("max_bytes", max_bytes, 1),
         ):
-            if value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(
-                    f"{name} is at least {least}. Received: {name}={value}."
+                    f"{name} is an integer, at least {least}. Received: "
+                    f"{name}={value!r}."
                 )
-        if not timeout > 0:
+        if isinstance(timeout, str) or not 0 < timeout <= LONGEST_TIMEOUT:
             raise ValueError(
-                f"timeout is above 0 seconds. Received: timeout={timeout}."
+                "timeout is above 0 seconds, and at most "
+                f"{LONGEST_TIMEOUT}. Received: timeout={timeout!r}."
             )
         self._per_host = per_host
         self._retries = retries
@@ -316,7 +330,7 @@ class Fetcher:
             return None
         # Of a generator of its own, so that the order of reads does not count.
         part = random.Random(f"{self._seed} {attempt} {url}").random()  # noqa: S311
-        wait = self._backoff * 2**attempt * (1 - part / 2)
+        wait = self._backoff * 2 ** min(attempt, 60) * (1 - part / 2)
         return min(max(wait, error.retry_after or 0.0), self._longest_wait)
 
     def close(self) -> None:

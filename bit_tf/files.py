@@ -1,6 +1,7 @@
 """Files and directories that appear whole, by rename, or not at all."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -21,6 +22,8 @@ __all__ = [
 
 # What file systems answer that cannot sync a directory.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
+# Of Linux: what relative paths are relative to, and a flag of renameat2.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -53,7 +56,8 @@ def new_directory(
 
     Args:
       path: must not exist then, unless overwrite.
-      overwrite: what was at `path` is removed after the rename.
+      overwrite: what was at `path` is removed after the rename. Where the
+        system can exchange two names, something is there at any moment.
 
     Yields:
       The path of an empty directory beside `path`; its parents are made.
@@ -69,7 +73,9 @@ def new_directory(
     try:
         yield str(staging)
         sync_tree(staging)
-        if overwrite and os.path.lexists(path):
+        if overwrite and os.path.lexists(path) and _exchange(staging, path):
+            _remove(staging)
+        elif overwrite and os.path.lexists(path):
             old = _sibling(path)
             os.rename(path, old)
             try:
@@ -156,6 +162,19 @@ def _sibling(path: pathlib.Path) -> pathlib.Path:
     if not path.name:
         raise IsADirectoryError(f"{path} cannot be replaced; name another.")
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Exchanges two names at once; False where that cannot be done."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    failed = rename(
+        *(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    )
+    return not failed
 
 
 def _remove(path: pathlib.Path) -> None:

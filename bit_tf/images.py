@@ -37,6 +37,7 @@ __all__ = [
     "Preset",
     "as_float",
     "decode",
+    "measure",
     "preprocess",
     "preset",
     "resize",
@@ -150,6 +151,28 @@ def decode(
         f"An image is {_ACCEPTED}. Received: {brief(image)} of type "
         f"{type(image).__name__}. Pass one of these."
     )
+
+
+def measure(data: bytes) -> tuple[int, int]:
+    """The size that a picture file says it has; its pixels are not decoded.
+
+    Args:
+      data: the file's bytes.
+
+    Returns:
+      (height, width), before the EXIF orientation; (0, 0) of what decode()
+      would refuse for its header.
+    """
+    with (
+        _quiet_pillow,
+        contextlib.suppress(ImageError),
+        _decoding(_MAX_PIXELS),
+    ):
+        _check_icon(data, _MAX_PIXELS)
+        with Image.open(io.BytesIO(data), formats=_formats()) as picture:
+            _check_pixels(*picture.size, _MAX_PIXELS)
+            return picture.height, picture.width
+    return 0, 0
 
 
 def as_float(image: np.ndarray) -> np.ndarray:

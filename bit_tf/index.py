@@ -15,10 +15,12 @@ killed one left is undone by the next. Nobody else should change the table.
 
 import contextlib
 import dataclasses
+import numbers
 import os
 import pathlib
 import re
 import shutil
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +43,17 @@ __all__ = [
 _TABLE, _WHOLE = "vectors", "whole"
 # Where in its source Rust raised an error.
 _RUST = re.compile(r",? \S+\.rs:\d+(:\d+)?")
+# Characters of a path that LanceDB does not take, and those of ASCII that its
+# store of objects does not percent-encode.
+_NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_AS_THEY_ARE = " !$&'()+,/:;=@"
+# The folders of a table of Lance.
+_PARTS = {
+    *("_deletions", "_indices", "_refs", "_transactions", "_versions"),
+    "data",
+}
+# Texts and names in an SQL expression.
+_QUOTES = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
 
 
 class Hit(NamedTuple):
@@ -107,14 +120,15 @@ def build(
       OSError: the index cannot be written.
     """
     _lancedb()
+    target = _path(directory)
     source = Rows.of(vectors)
-    target = os.path.realpath(directory)
     _require_free(target, overwrite)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with _lock(target):
         _require_free(target, overwrite)
         with (
             files.new_directory(target, overwrite) as staging,
+            _without_twin(staging),
             _lance_errors(directory),
         ):
             table = _connect(staging).create_table(
@@ -153,10 +167,10 @@ def add(
       MissingExtraError: lancedb or pyarrow is not installed.
       OSError: the index cannot be written.
     """
+    target = _path(directory)
     source = Rows.of(vectors)
-    target = os.path.realpath(directory)
     _open_table(target)
-    with _lock(target):
+    with _lock(target), _without_twin(target):
         table, facts = _open_table(target)
         facts.require_same(
             source.facts,
@@ -172,8 +186,13 @@ def add(
                 table.restore()
             with _undone(target):
                 counts = source.enter(table, progress)
-                ivf_pq.keep(table, facts.dim)
+                written = ivf_pq.keep(table, facts.dim)
                 table.tags.update(_WHOLE, table.version)
+            if written:
+                # Nothing is lost where it fails: another time will do.
+                with contextlib.suppress(OSError, RuntimeError, ValueError):
+                    ivf_pq.clean(table)
+                    table.tags.update(_WHOLE, table.version)
     return counts
 
 
@@ -206,7 +225,10 @@ class Index:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = os.fsdecode(directory)
-        self._table, self.facts = _open_table(os.path.realpath(directory))
+        path = _path(directory)
+        self._place = os.path.join(path, f"{_TABLE}.lance")
+        self._table, self.facts = _open_table(path)
+        self._identity = _identity(self._place)
         with _lance_errors(directory):
             self._rows = self._table.count_rows()
             self._built = ivf_pq.find(self._table)
@@ -233,16 +255,21 @@ class Index:
 
         Returns:
           At most k, the nearest first; those equally near in the order of
-          their ids.
+          their ids. Which of them come, where k cuts between them, is open.
 
         Raises:
           DatasetError: the vector cannot be compared, k is below 1, or the
             expression is none over these columns.
         """
         query = self._query(vector)
-        if k < 1:
-            raise DatasetError(f"k must be at least 1. Received: {k}.")
-        k = min(k, max(1, self._rows))
+        if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
+            raise DatasetError(
+                "k is an integer of 1 or more. Received: "
+                f"{errors.brief(k)}. Pass such a number."
+            )
+        if where is not None:
+            self._require_one(where)
+        k = min(int(k), max(1, self._rows))
         cells = None if exact else self._cells(k)
 
         def found(most: int | None) -> Any:
@@ -272,9 +299,13 @@ class Index:
         Raises:
           DatasetError: there is none of that id.
         """
+        if not isinstance(id, str):
+            raise DatasetError(
+                f"An id is text. Received: {errors.brief(id)}. Pass its text."
+            )
         # What is no text is escaped in ids.
         id = id.encode("utf-8", "backslashreplace").decode()
-        with _lance_errors(self.directory):
+        with self._errors():
             found = (
                 self._table.search()
                 .where(f"id = {quoted(id)}")
@@ -336,13 +367,13 @@ class Index:
           DatasetError: the threshold is not in (0, 1], or the index cannot be
             read.
         """
-        if not 0 < threshold <= 1:
+        if not isinstance(threshold, numbers.Real) or not 0 < threshold <= 1:
             raise DatasetError(
                 "A threshold is a cosine above 0, up to 1. Received: "
-                f"{threshold}."
+                f"{errors.brief(threshold)}."
             )
         nearest = None if self._built is None else self._nearest
-        with _lance_errors(self.directory):
+        with self._errors():
             return near_duplicates.find(
                 self._table, self.facts.dim, threshold, nearest, progress
             )
@@ -404,7 +435,7 @@ class Index:
     def _query(self, vector: Any) -> np.ndarray:
         try:
             query = np.asarray(vector, np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             query = np.empty(0, np.float32)
         if query.shape != (self.facts.dim,):
             raise DatasetError(
@@ -415,21 +446,46 @@ class Index:
         require_direction(query[None], ["the query"])
         return query
 
+    def _is_replaced(self) -> bool:
+        return _identity(self._place) != self._identity
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            with _lance_errors(self.directory):
+                yield
+        except (DatasetError, FileNotFoundError) as error:
+            if not self._is_replaced():
+                raise
+            raise DatasetError(
+                "An open index stays where it is. Received: "
+                f"{self.directory!r}, which was replaced or removed since. "
+                "Open it again."
+            ) from error
+
+    def _require_one(self, where: str) -> None:
+        """Refuses a filter of which LanceDB would read only the beginning."""
+        if not isinstance(where, str) or ";" in _QUOTES.sub("", where):
+            raise self._no_filter(where, "one expression, without ;")
+
+    def _no_filter(self, where: object, reason: str) -> DatasetError:
+        columns = ", ".join(self._table.schema.names)
+        return DatasetError(
+            f"A filter is an SQL expression over the columns {columns}, such "
+            "as \"width > 500 AND source LIKE '%cat%'\". Received: "
+            f"{where!r} ({reason})."
+        )
+
     @contextlib.contextmanager
     def _expression(self, where: str | None) -> Iterator[None]:
         """Explains what Lance says of a filter."""
-        with _lance_errors(self.directory):
+        with self._errors():
             try:
                 yield
             except (ValueError, RuntimeError) as error:
-                if where is None:
+                if where is None or self._is_replaced():
                     raise
-                columns = ", ".join(self._table.schema.names)
-                raise DatasetError(
-                    "A filter is an SQL expression over the columns "
-                    f'{columns}, such as "width > 500 AND source LIKE '
-                    f"'%cat%'\". Received: {where!r} ({_message(error)})."
-                ) from error
+                raise self._no_filter(where, _message(error)) from error
 
 
 def _lancedb():
@@ -438,6 +494,45 @@ def _lancedb():
 
 def _connect(directory: str):
     return _lancedb().connect(directory)
+
+
+def _path(directory: str | os.PathLike[str]) -> str:
+    """The whole path of an index.
+
+    Raises:
+      DatasetError: it has a name that LanceDB does not take.
+    """
+    named = os.fsdecode(directory)
+    if not named:
+        raise DatasetError(
+            "An index is a directory. Received: an empty name. Name one."
+        )
+    path = named if "\0" in named else os.path.realpath(named)
+    if _NO_NAME.search(path):
+        raise DatasetError(
+            "The path of an index is text without control characters. "
+            f"Received: {path!r}. Name another."
+        )
+    return path
+
+
+@contextlib.contextmanager
+def _without_twin(directory: str) -> Iterator[None]:
+    """Removes the empty folders that LanceDB makes when it makes a tag.
+
+    Their path is the table's, once more percent-encoded.
+    """
+    encoded = urllib.parse.quote(directory, safe=_AS_THEY_ARE)
+    encoded = encoded.replace("~", "%7E")
+    place = pathlib.Path(encoded, f"{_TABLE}.lance", "_refs", "tags")
+    new = [path for path in (place, *place.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        if encoded != directory:
+            for path in new:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def _open_table(directory: str) -> tuple[Any, Facts]:
@@ -459,10 +554,9 @@ def _require_free(directory: str, overwrite: bool) -> None:
     """Refuses to build where something is that must not be replaced."""
     if not os.path.lexists(directory):
         return
-    is_index = os.path.isdir(os.path.join(directory, f"{_TABLE}.lance"))
     if os.path.isdir(directory) and not os.listdir(directory):
         return
-    if not is_index:
+    if not _is_index(directory):
         raise DatasetError(
             "An index is built in a directory of its own. Received: "
             f"{directory!r}, which holds something else. Name another."
@@ -473,6 +567,29 @@ def _require_free(directory: str, overwrite: bool) -> None:
             f"{directory!r}, which is one. Add to it with bit-tf index add, "
             "or replace it with --overwrite."
         )
+
+
+def _is_index(directory: str) -> bool:
+    """Whether a directory holds an index, whole or damaged, and no more."""
+    place = os.path.join(directory, f"{_TABLE}.lance")
+    if not os.path.isdir(place) or len(os.listdir(directory)) > 1:
+        return False
+    try:
+        Facts.of(_connect(directory).open_table(_TABLE).schema)
+    except DatasetError:
+        return False
+    except (OSError, RuntimeError, ValueError):
+        return _PARTS.issuperset(os.listdir(place))
+    return True
+
+
+def _identity(place: str) -> tuple[int, int] | None:
+    """What tells a folder from another at its path; None if none is there."""
+    try:
+        found = os.stat(place)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _lock(directory: str) -> contextlib.AbstractContextManager[None]:

@@ -1,12 +1,12 @@
 """Rows of Parquet files on their way into an index."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-import pathlib
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,11 @@ class Rows:
         """
         if isinstance(vectors, str | os.PathLike):
             vectors = [vectors]
+        if not isinstance(vectors, Iterable):
+            raise DatasetError(
+                "An index is made of tables of vectors, by their paths. "
+                f"Received: {errors.brief(vectors)}. Pass a path, or several."
+            )
         names = [os.fsdecode(name) for name in vectors]
         if not names:
             raise DatasetError(
@@ -120,6 +125,7 @@ class Rows:
             chunk.clear()
 
         with (
+            _sqlite_errors(),
             tqdm(
                 total=self._count(),
                 unit="row",
@@ -168,8 +174,8 @@ class _Known:
         self._table = table
 
     def __enter__(self) -> "_Known":
-        self._folder = tempfile.TemporaryDirectory(prefix="bit-tf-index-")
-        self._data = sqlite3.connect(pathlib.Path(self._folder.name, "ids"))
+        # A file without a name, which is gone however this process ends.
+        self._data = sqlite3.connect("")
         self._data.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; "
             "CREATE TABLE known (id TEXT PRIMARY KEY, digest BLOB) "
@@ -184,7 +190,6 @@ class _Known:
 
     def __exit__(self, *_: object) -> None:
         self._data.close()
-        self._folder.cleanup()
 
     def judge(
         self, batch: Any, path: str, counts: Counts, replaced: list[str]
@@ -246,11 +251,22 @@ class _Known:
         return stored
 
 
+@contextlib.contextmanager
+def _sqlite_errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DatasetError(
+            "The ids of an index are kept in a temporary file meanwhile. "
+            f"Received: {error}, in {tempfile.gettempdir()!r}. Make room, or "
+            "set SQLITE_TMPDIR to a folder that has some."
+        ) from error
+
+
 def _file(path: str):
     arrow = errors.import_extra("pyarrow", "index")
-    parquet = errors.import_extra("pyarrow.parquet", "index")
     try:
-        return parquet.ParquetFile(path)
+        return embedding_table.parquet_file(path)
     except (OSError, arrow.ArrowException) as error:
         raise _damaged(path, error) from error
 
@@ -269,6 +285,11 @@ def _check(batch: Any, path: str) -> None:
         raise DatasetError(
             f"A row has an id. Received: one without, in {path!r}. Write the "
             "file anew with bit-tf embed."
+        )
+    if batch.column("source").null_count:
+        raise DatasetError(
+            f"A row has a source. Received: one without, in {path!r}. Write "
+            "the file anew with bit-tf embed."
         )
     require_direction(
         vectors(batch.column("embedding")),

@@ -7,6 +7,7 @@ from typing import Any
 
 from bit_tf import errors
 from bit_tf.errors import DatasetError
+from bit_tf.picture_paths import is_picture, require_file
 
 __all__ = ["SUFFIXES", "read"]
 
@@ -14,6 +15,8 @@ SUFFIXES = (".txt", ".csv", ".tsv", ".parquet")
 _COLUMNS = ("path", "url", "source", "image", "file")
 # Characters; a longer line is no list of names.
 _LONGEST = 2**20
+# Bytes of a list's beginning that tell text from other files.
+_LOOKED_AT = 2**16
 _BATCH = 1024
 
 
@@ -35,13 +38,14 @@ def read(file: str, column: str | None = None) -> Iterator[tuple[int, str]]:
     """
     suffix = os.path.splitext(file)[1].lower()
     try:
+        require_file(file)
         if suffix == ".parquet":
             yield from _parquet(file, column)
         elif suffix == ".txt":
             for number, line in _lines(file):
                 name = line.strip()
                 if name and not name.startswith("#"):
-                    yield number, name
+                    yield number, _with_blanks(line, name, file)
         else:
             yield from _csv(file, column, "\t" if suffix == ".tsv" else ",")
     except OSError as error:
@@ -51,8 +55,24 @@ def read(file: str, column: str | None = None) -> Iterator[tuple[int, str]]:
         ) from error
 
 
+def _with_blanks(line: str, name: str, file: str) -> str:
+    """The name in a line, with the blanks around it if a file has them."""
+    whole = line.rstrip("\r\n")
+    folder = os.path.dirname(file)
+    if whole != name and os.path.lexists(os.path.join(folder, whole)):
+        return whole
+    return name
+
+
 def _lines(file: str) -> Iterator[tuple[int, str]]:
     """(number, line with its end), whatever its bytes."""
+    with open(file, "rb") as beginning:
+        if b"\0" in beginning.read(_LOOKED_AT):
+            raise DatasetError(
+                "A list of pictures is text in UTF-8, a name a line. "
+                f"Received: {file!r}, which has a byte 0. Save it as UTF-8 "
+                "text."
+            )
     with open(
         file, encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as stream:
@@ -76,6 +96,7 @@ def _csv(
     )
     try:
         header = [name.strip() for name in next(reader, [])]
+        _check_header(header, file)
         index = header.index(_chosen(header, column, file))
         for cells in reader:
             if any(cells):
@@ -87,6 +108,24 @@ def _csv(
             f"Received: {file!r}, line {reader.line_num}: {error}. Mend the "
             "line."
         ) from error
+
+
+def _check_header(header: Sequence[str], file: str) -> None:
+    """Refuses a first row that is no header, or has other separators."""
+    names = [name for name in header if "://" in name or is_picture(name)]
+    if names:
+        raise DatasetError(
+            "A list of pictures begins with a header, the columns' names. "
+            f"Received: {file!r}, which begins with {errors.brief(names[0])}. "
+            "Add a header such as path; or name it .txt, where there is a "
+            "name a line."
+        )
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|,"):
+        raise DatasetError(
+            "A list of pictures is CSV with commas (.tsv: tabs). Received: "
+            f"{file!r}, whose header is {errors.brief(header[0])}. Write it "
+            "with commas, or name it .tsv."
+        )
 
 
 def _parquet(file: str, column: str | None) -> Iterator[tuple[int, str]]:

@@ -1,6 +1,7 @@
 """Finds pictures wherever they are named, and reads their bytes ahead."""
 
 import collections
+import contextlib
 import functools
 import itertools
 import os
@@ -28,10 +29,11 @@ from bit_tf.errors import (
 from bit_tf.fetching import Read
 from bit_tf.picture_files import as_text
 
-__all__ = ["Item", "Reader", "find"]
+__all__ = ["Item", "Reader", "find", "require_use"]
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _ESCAPE = re.compile(r"\\(?=x[0-9a-f]{2})")
+_PORT = re.compile(r"[^:]*(:[0-9]*)?|\[[^]]*\](:[0-9]*)?")
 _FILES_AT_ONCE = 4
 # Bytes that may wait to be taken before no new read begins.
 _HELD = 256 * 2**20
@@ -45,7 +47,8 @@ class Item(NamedTuple):
       source: what a person would open: a path, a URL, "shard.tar#member".
       location: how `Reader` finds the bytes, of JSON's types: ("file", path),
         ("url", url), ("tar", path, offset, size) or ("tfds", name, data_dir,
-        split, index, feature). Paths are as os.fsdecode gives them.
+        split, index, feature). Paths are absolute, and as os.fsdecode gives
+        them.
     """
 
     id: str
@@ -96,10 +99,8 @@ def find(
       DatasetError: at once, where a source is none of these, is empty, or has
         no such column; later, where a list or an archive is damaged.
     """
-    if isinstance(sources, (str, bytes, os.PathLike)):
-        sources = [os.fsdecode(sources)]
     opened = []
-    for source in map(os.fsdecode, sources):
+    for source in _texts(sources):
         make = _open(source, column, data_dir, split)
         # What is wrong with its beginning is told before any work is done.
         if next(make(), None) is None:
@@ -117,6 +118,35 @@ def find(
     return itertools.chain.from_iterable(make() for make in opened)
 
 
+def require_use(
+    sources: Iterable[str], *, column: str | None, split: str | None
+) -> None:
+    """Refuses options that none of the sources has a use for.
+
+    Args:
+      sources: as find() takes them.
+      column, split: of find().
+
+    Raises:
+      DatasetError: as said.
+    """
+    names = [source.lower() for source in _texts(sources)]
+    datasets = any(name.startswith("tfds:") for name in names)
+    tables = any(name.endswith((".csv", ".tsv", ".parquet")) for name in names)
+    if split is not None and not datasets:
+        raise DatasetError(
+            "--split (split) is of a dataset, tfds:NAME. Received: "
+            f"{errors.brief(split)}, and no dataset among the sources. Leave "
+            "it out."
+        )
+    if column is not None and not (datasets or tables):
+        raise DatasetError(
+            "--column (column) is of a list .csv, .tsv or .parquet, or of a "
+            f"dataset. Received: {errors.brief(column)}, and none of them "
+            "among the sources. Leave it out."
+        )
+
+
 def _open(
     source: str,
     column: str | None,
@@ -126,6 +156,8 @@ def _open(
     """What gives the items of a source, as often as it is called."""
     if source[:5].lower() == "tfds:":
         where = None if data_dir is None else os.fsdecode(data_dir)
+        if where is not None and "://" not in where:
+            where = _absolute(where)
         return functools.partial(_dataset, source[5:], where, split, column)
     if _URL.match(source):
         _check_url(source)
@@ -144,12 +176,14 @@ def _open(
 
 
 def _check_url(url: str) -> None:
-    parts = urllib.parse.urlsplit(url)
     suffixes = (*item_lists.SUFFIXES, ".tar", *tar_items.COMPRESSED)
-    if parts.scheme.lower() in ("http", "https") and not (
-        parts.path.lower().endswith(suffixes)
-    ):
-        return
+    # What cannot be split is no URL.
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme.lower() in ("http", "https") and not (
+            parts.path.lower().endswith(suffixes)
+        ):
+            return
     raise DatasetError(
         "A URL is http or https, and of a picture. Received: "
         f"{_without_password(url)!r}. Download it first, and name the file."
@@ -175,8 +209,10 @@ def _path(source: str, column: str | None) -> Iterator[Item]:
     elif lower.endswith(".tar"):
         for member in tar_items.members(source):
             shown = f"{source}#{member.name}"
-            location = ("tar", source, member.offset, member.size)
-            yield Item(_id(shown), as_text(shown), location)
+            place = _absolute(source)
+            location = ("tar", place, member.offset, member.size)
+            id_ = f"{_id(source)}#{_escaped(member.name)}"
+            yield Item(id_, as_text(shown), location)
     elif lower.endswith(item_lists.SUFFIXES):
         folder = os.path.dirname(source)
         for line, name in item_lists.read(source, column):
@@ -184,7 +220,7 @@ def _path(source: str, column: str | None) -> Iterator[Item]:
                 yield _named(name, folder)
             else:
                 shown = as_text(f"{source}#{line}")
-                yield Item(shown, shown, ("file", ""))
+                yield Item(f"{_id(source)}#{line}", shown, ("file", ""))
     else:
         yield _file(source)
 
@@ -222,16 +258,26 @@ def _dataset(
 
 
 def _file(path: str) -> Item:
-    return Item(_id(path), as_text(path), ("file", path))
+    return Item(_id(path), as_text(path), ("file", _absolute(path)))
+
+
+def _absolute(path: str) -> str:
+    """A path that does not depend on where the process is later."""
+    # os.path.abspath would take "link/.." for ".".
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
 def _id(path: str) -> str:
     """A path as text that no other path has.
 
-    Bytes that are no text are written as \\xff, and so is the backslash of a
-    name that has such letters itself.
+    Written as \\xff are bytes that are no text, the backslash of a name that
+    has such letters itself, and the # that would part an archive from a member.
     """
-    return as_text(_ESCAPE.sub(r"\\x5c", path))
+    return _escaped(path).replace("#", r"\x23")
+
+
+def _escaped(name: str) -> str:
+    return as_text(_ESCAPE.sub(r"\\x5c", name))
 
 
 def _named(name: str, folder: str) -> Item:
@@ -245,8 +291,37 @@ def _named(name: str, folder: str) -> Item:
 def _without_password(url: str) -> str:
     """A URL without the user and password in it."""
     head, slashes, rest = url.partition("//")
-    host, slash, path = rest.partition("/")
-    return f"{head}{slashes}{host.rpartition('@')[2]}{slash}{path}"
+    end = min((rest + "/?#").index(mark) for mark in "/?#")
+    host = rest[:end].rpartition("@")[2]
+    if not _PORT.fullmatch(host) and "@" in rest[end:]:
+        # A password with a slash in it, which no URL can have.
+        return f"{head}{slashes}***@{rest.rpartition('@')[2]}"
+    return f"{head}{slashes}{host}{rest[end:]}"
+
+
+def _texts(sources: Any) -> list[str]:
+    """Sources as text; one alone is a list of one."""
+    if isinstance(sources, (str, bytes, os.PathLike)):
+        sources = [sources]
+    try:
+        return [os.fsdecode(source) for source in sources]
+    except TypeError as error:
+        raise DatasetError(
+            "Sources are paths, URLs or names of datasets. Received: "
+            f"{errors.brief(sources)} ({error}). Pass a list of texts."
+        ) from error
+
+
+def _kind(location: Any) -> str:
+    """The kind of a place; "" if it is none."""
+    match location:
+        case ("file" | "url" as kind, str()):
+            return kind
+        case ("tar", str(), int(offset), int(size)):
+            return "tar" if min(offset, size) >= 0 else ""
+        case ("tfds", str(), str() | None, str(), int(), str() | None):
+            return "tfds"
+    return ""
 
 
 class Reader:
@@ -393,12 +468,18 @@ class Reader:
     def _prepared(
         self, item: Item, ready: Callable[[], bool]
     ) -> tuple[fetching.Workers, Read]:
-        kind = item.location[0]
+        kind = _kind(item.location)
         if kind == "url":
             url = item.location[1]
             return self._fetcher.workers, self._fetcher.read(url, ready)
 
         def run(abort: download.Abort) -> bytes:
+            if not kind:
+                raise ImageFetchError(
+                    "A place is of kind file, url, tar or tfds, as items.Item "
+                    f"says. Received: {errors.brief(item.location)}. Find the "
+                    "pictures again."
+                )
             return self._read_local(*item.location)
 
         limit = 1 if kind == "tfds" else _FILES_AT_ONCE
@@ -416,12 +497,7 @@ class Reader:
         if kind == "tar":
             path, offset, size = place
             return tar_items.read(path, offset, size, self._max_bytes)
-        if kind == "tfds":
-            return self._read_dataset(*place)
-        raise ImageFetchError(
-            "A place is of kind file, url, tar or tfds. Received: "
-            f"{errors.brief(kind)}. Find the pictures again."
-        )
+        return self._read_dataset(*place)
 
     def _read_dataset(self, *place: Any) -> bytes:
         if self._datasets is None:

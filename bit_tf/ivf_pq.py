@@ -21,6 +21,7 @@ __all__ = [
     "Built",
     "Parameters",
     "cells",
+    "clean",
     "find",
     "keep",
     "parameters",
@@ -45,6 +46,9 @@ _NAME = re.compile(r"ivf(\d+)_pq(\d+)")
 _UNINDEXED, _FRAGMENTS = 0.1, 200
 # How long what somebody may still read is kept.
 _KEPT = datetime.timedelta(days=1)
+# LanceDB cleans up whenever it optimizes, and refuses if it would remove a
+# version with a tag.
+_ALL = datetime.timedelta(days=36500)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,7 @@ def find(table: Any) -> Built | None:
     return None
 
 
-def keep(table: Any, dim: int) -> None:
+def keep(table: Any, dim: int) -> bool:
     """Makes the index if there are enough rows, or brings it up to date.
 
     It is made anew when the table has grown to four times the rows.
@@ -141,21 +145,38 @@ def keep(table: Any, dim: int) -> None:
     Args:
       table: a LanceDB table; it gets new versions.
       dim: d, the length of a vector.
+
+    Returns:
+      Whether much was written anew, so that `clean` is worth its time.
     """
-    if table.stats()["fragment_stats"]["num_fragments"] > _FRAGMENTS:
-        table.optimize(cleanup_older_than=_KEPT)
+    written = table.stats()["fragment_stats"]["num_fragments"] > _FRAGMENTS
+    if written:
+        table.optimize(cleanup_older_than=_ALL)
     rows, built = table.count_rows(), find(table)
     if rows < EXACT_BELOW:
         if built is not None:
             table.drop_index(built.name)
-        return
+        return written
     wanted = parameters(rows, dim)
     if built is None or wanted.num_partitions >= 2 * built.num_partitions:
         _make(table, wanted)
         if built is not None:
             table.drop_index(built.name)
+            written = True
     elif rows - built.rows > _UNINDEXED * rows:
-        table.optimize(cleanup_older_than=_KEPT)
+        table.optimize(cleanup_older_than=_ALL)
+        written = True
+    return written
+
+
+def clean(table: Any) -> None:
+    """Removes files that only versions of more than a day ago have.
+
+    Args:
+      table: a LanceDB table, of which no old version has a tag; it may get
+        new versions with the same rows.
+    """
+    table.optimize(cleanup_older_than=_KEPT)
 
 
 def _make(table: Any, chosen: Parameters) -> None:

@@ -1,8 +1,10 @@
 """Paths of pictures: folders with all below them, globs, braces."""
 
+import errno
 import fnmatch
 import os
 import re
+import stat
 from collections.abc import Iterator
 
 from absl import logging
@@ -18,6 +20,7 @@ __all__ = [
     "is_pattern",
     "is_picture",
     "matches",
+    "require_file",
     "walk",
 ]
 
@@ -34,6 +37,16 @@ def is_picture(name: str) -> bool:
         not base.startswith(".")
         and os.path.splitext(base)[1].lower() in SUFFIXES
     )
+
+
+def require_file(path: str) -> None:
+    """Refuses what would be waited for, such as a named pipe.
+
+    Raises:
+      OSError: it is no regular file, or not there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def is_pattern(path: str) -> bool:

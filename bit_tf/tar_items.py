@@ -13,7 +13,7 @@ from absl import logging
 from bit_tf import errors
 from bit_tf.errors import DatasetError, ImageFetchError, ImageTooLargeError
 from bit_tf.picture_files import as_text
-from bit_tf.picture_paths import is_picture
+from bit_tf.picture_paths import is_picture, require_file
 
 __all__ = ["COMPRESSED", "Member", "members", "read"]
 
@@ -50,6 +50,7 @@ def members(path: str) -> Iterator[Member]:
     """
     last = None
     try:
+        require_file(path)
         with _Headers(io.FileIO(path)) as headers, _Names() as names:
             length = os.fstat(headers.fileno()).st_size
             with tarfile.open(
@@ -158,6 +159,7 @@ def read(path: str, offset: int, size: int, max_bytes: int) -> bytes:
         )
     why = "it ends before"
     try:
+        require_file(path)
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(size)

@@ -203,6 +203,71 @@ def test_errors_are_done_again(run, folder, tmp_path):
     assert not os.listdir(output / "_errors")
 
 
+def cut_and_mended(folder, pictures):
+    """Writes four pictures, two of them cut, and mends them when called."""
+    pictures.mkdir()
+
+    def write(*cut):
+        for index in range(4):
+            data = (folder / f"0{index}.png").read_bytes()
+            name = pictures / f"{index}.png"
+            name.write_bytes(data[:100] if index in cut else data)
+
+    write(1, 3)
+    return write
+
+
+def test_errors_of_other_sources_stay(run, folder, tmp_path):
+    write = cut_and_mended(folder, tmp_path / "pictures")
+    output = tmp_path / "vectors"
+    paths = sorted((tmp_path / "pictures").iterdir())
+    assert run(output, paths).errors == 2
+    write()
+    again = run(output, paths[:2], retry_errors=True)
+    assert (again.encoded, again.skipped) == (1, 1)
+    found = rows(output)
+    assert [bool(found[str(path)].error) for path in paths] == [
+        *(False, False, False, True)
+    ]
+    letters = [
+        json.loads(line)["id"]
+        for path in (output / "_errors").iterdir()
+        for line in path.read_text().splitlines()
+    ]
+    assert letters == [str(paths[3])]
+    assert "_retry" not in os.listdir(output)
+
+
+def test_killed_before_old_errors_are_dropped(
+    run, folder, tmp_path, monkeypatch
+):
+    from bit_tf import bulk_output
+
+    write = cut_and_mended(folder, tmp_path / "pictures")
+    output = tmp_path / "vectors"
+    paths = sorted((tmp_path / "pictures").iterdir())
+    run(output, paths)
+    write(3)
+    calls = []
+    drop = bulk_output.drop_old_errors
+
+    def die(directory):
+        calls.append(directory)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        drop(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk_output, "drop_old_errors", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(output, paths, retry_errors=True)
+    assert run(output, paths).skipped == 4
+    found = rows(output)
+    assert [bool(found[str(path)].error) for path in paths] == [
+        *(False, False, False, True)
+    ]
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
     """A copy of the finished directory."""
@@ -255,6 +320,89 @@ def test_a_damaged_table_is_refused(run, copied):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(errors.DatasetError, match="whole Parquet file"):
         run(copied)
+
+
+def test_a_damaged_table_is_refused_with_retries(run, copied):
+    path = next(copied.glob("part-*.parquet"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(errors.DatasetError, match="whole Parquet file"):
+        run(copied, retry_errors=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": "/no/such/model"},
+        {"preset": "no such"},
+        {"beam_options": ["--runner=DataflowRunner"]},
+        {"top": -1},
+        {"top": 1.5},
+        {"retries": -1},
+        {"connections": 0},
+        {"threads": 0},
+        {"float16": "yes"},
+        {"conections": 3},
+    ],
+    ids=lambda wrong: "-".join(map(str, wrong.items())),
+)
+@pytest.mark.parametrize("how", ["overwrite", "retry_errors"])
+def test_nothing_is_removed_before_all_is_right(run, copied, wrong, how):
+    before = {path: path.is_file() for path in copied.rglob("*")}
+    with pytest.raises((errors.BitTfError, ValueError, TypeError)):
+        run(copied, **{how: True}, **wrong)
+    assert {path: path.is_file() for path in copied.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("foo://bar/x", errors.DatasetError, "gs://"),
+        ("s3://bucket/x", errors.MissingExtraError, r"apache-beam\[aws\]"),
+        ("file:///tmp/x", errors.DatasetError, "file://"),
+    ],
+    ids=["unknown", "no-extra", "file"],
+)
+def test_file_systems_that_beam_cannot_write(
+    run, monkeypatch, name, kind, message
+):
+    from bit_tf import beam_modules
+
+    known = beam_modules.filesystems.FileSystems.get_filesystem
+
+    def get(path):
+        if path.startswith("s3:"):
+            raise ValueError("not installed")
+        return known(path)
+
+    monkeypatch.setattr(
+        beam_modules.filesystems.FileSystems, "get_filesystem", get
+    )
+    with pytest.raises(kind, match=message):
+        run(name)
+
+
+def test_names_are_no_patterns(run, folder, tmp_path):
+    other = tmp_path / "out1"
+    run(other, [folder / "text.png"])
+    output = tmp_path / "out[1]"
+    run(output, [folder / "text.png", folder / "00.png"])
+    summary = run(output, [folder / "01.png"], overwrite=True)
+    assert (summary.encoded, summary.skipped) == (1, 0)
+    assert list(rows(output)) == [str(folder / "01.png")]
+    assert not os.listdir(output / "_errors")
+    assert len(os.listdir(other / "_errors")) == 1
+
+
+def test_sources_are_one_or_come_one_by_one(
+    run, folder, small_export, tmp_path
+):
+    from bit_tf import bulk
+
+    arguments = {"model": small_export, "preset": SMALL}
+    one = bulk.run(folder / "00.png", tmp_path / "one", **arguments)
+    assert (one.encoded, one.errors) == (1, 0)
+    two = (str(folder / f"0{index}.png") for index in range(2))
+    assert bulk.run(two, tmp_path / "two", **arguments).encoded == 2
 
 
 def test_a_killed_run_is_gone_on_with(run, folder, copied, finished):
@@ -397,13 +545,14 @@ def test_shards_are_near_their_size_and_fixed():
         (["--runner=Direkt"], errors.UnknownNameError, "DirectRunner"),
         (["--direct_running_mode=x"], errors.BitTfError, "multi_processing"),
         (["photos"], errors.BitTfError, "--name=value"),
+        (["-h"], errors.BitTfError, "--name=value"),
         (
             [*PORTABLE, "--sparkling=2"],
             errors.UnknownNameError,
             "Received: '--sparkling'",
         ),
     ],
-    ids=["option", "runner", "value", "no-option", "embed"],
+    ids=["option", "runner", "value", "no-option", "help", "embed"],
 )
 def test_wrong_options_of_beam(given, kind, message):
     from bit_tf import bulk

@@ -11,6 +11,7 @@ import helpers
 import numpy as np
 import pytest
 import tiny_models
+from file_server import FileServer, Reply, running
 from PIL import Image
 
 from bit_tf import embed, embedding_table, items
@@ -37,6 +38,13 @@ def folder(tmp_path):
         below = "below" if number % 2 else "."
         Image.fromarray(pixels).save(folder / below / f"{number}.png")
     return folder
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture
@@ -157,6 +165,51 @@ def test_sources_without_a_directory(kind, embedded, model, folder, tmp_path):
     assert helpers.relative_error(found, expected) <= 1e-5
 
 
+def test_an_output_in_capitals(embedded, folder, tmp_path):
+    for name in ("X.NPY", "X.Parquet"):
+        assert embedded(folder, "--output", tmp_path / name)[0] == 0
+    assert np.load(tmp_path / "X.NPY").shape == (6, 8)
+    assert parquet.read_table(tmp_path / "X.Parquet").num_rows == 6
+
+
+def test_options_hold_for_a_url_that_is_given(embedded, no_proxy):
+    with running(FileServer) as server:
+        server.reply = lambda method, path: Reply(503)
+        start = time.monotonic()
+        code, stdout, _ = embedded(f"{server.url}/a.png", "--retries", 0)
+        assert code == 1
+        assert "503" in json.loads(stdout)["error"]
+        assert len(server.seen) == 1
+        embedded(f"{server.url}/a.png", "--retries", 1)
+        assert len(server.seen) == 3
+        assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("option", ["--column", "--split"])
+@pytest.mark.parametrize("output", ["-", "out"])
+def test_options_without_a_use(option, output, embedded, folder, tmp_path):
+    output = output if output == "-" else tmp_path / output
+    code, _, stderr = embedded(folder, "--output", output, option, "x")
+    assert code == 1
+    assert f"{option} (" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_errors_are_shown(embedded, folder, tmp_path):
+    for number in range(7):
+        (folder / f"bad{number}.png").write_bytes(b"none %d" % number)
+    out = tmp_path / "out"
+    code, _, stderr = embedded(folder, "--output", out, "--shard", 4)
+    assert code == 1
+    shown = re.findall(r"bit-tf: error: .*/(bad[0-9])\.png: ", stderr)
+    assert shown == [f"bad{number}" for number in range(5)]
+    assert "2 other errors" in stderr
+    code, _, stderr = embedded(folder, "--output", out)
+    assert code == 0
+    assert "13 done before, of them 7 with an error" in stderr
+    assert "bad0" not in stderr
+
+
 def test_standard_input(embedded, folder, tmp_path, monkeypatch):
     data = (folder / "0.png").read_bytes()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -180,7 +233,7 @@ def test_standard_input(embedded, folder, tmp_path, monkeypatch):
 def test_options_of_directories(option, embedded, folder):
     code, _, stderr = embedded(folder, *option)
     assert code == 1
-    assert f"{option[0]} need --output DIR" in stderr
+    assert f"{option[0]} needs --output DIR" in stderr
 
 
 @pytest.mark.parametrize(
@@ -192,6 +245,7 @@ def test_options_of_directories(option, embedded, folder):
         ("--top", "-1"),
         ("--shard", "0"),
         ("--connections", "0"),
+        *(("--timeout", text) for text in ("0", "-1", "nan", "inf", "1e10")),
         ("--direct_num_workers=2",),
     ],
     ids=" ".join,

@@ -1,4 +1,7 @@
+import contextlib
+import os
 import sqlite3
+import stat
 
 import pytest
 
@@ -50,6 +53,42 @@ def test_a_place_that_changed_is_taken(plan):
     assert plan.add([moved], 10) == 0
     (shard,) = plan.shards()
     assert plan.items(shard) == [moved]
+
+
+def test_two_files_of_one_id_are_refused(plan):
+    plan.add([Item("a", "a", ("file", "/x/a"))], 10)
+    for place in [("file", "/y/a"), ("tar", "/x/a.tar", 0, 1)]:
+        with pytest.raises(errors.DatasetError, match="/x/a") as raised:
+            plan.add([Item("b", "b", ("file", "/b")), Item("a", "", place)], 9)
+        assert place[1] in str(raised.value)
+    assert ids(plan) == [["a"]]
+    found = [Item("c", "c", ("file", f"/{name}")) for name in "xy"]
+    with pytest.raises(errors.DatasetError, match="same directory"):
+        plan.add(found, 10)
+
+
+def test_what_follows_from_an_id_is_not_kept(plan, tmp_path, monkeypatch):
+    here = os.getcwd()
+    found = [
+        Item("a/b.png", "a/b.png", ("file", f"{here}/a/b.png")),
+        Item("/c.png", "/c.png", ("file", "/c.png")),
+    ]
+    plan.add(found, 10)
+    monkeypatch.chdir(tmp_path)
+    with Plan(tmp_path / embed_plan.FILE_NAME) as again:
+        (shard,) = again.shards()
+        assert again.items(shard) == found
+    with contextlib.closing(
+        sqlite3.connect(tmp_path / embed_plan.FILE_NAME)
+    ) as database:
+        kept = database.execute("SELECT source, location FROM items")
+        assert set(kept) == {(None, None)}
+
+
+def test_others_do_not_read_it(plan, tmp_path):
+    """It may hold URLs with a password."""
+    mode = os.stat(tmp_path / embed_plan.FILE_NAME).st_mode
+    assert stat.S_IMODE(mode) == 0o600
 
 
 def test_an_interrupted_listing_leaves_nothing(plan):

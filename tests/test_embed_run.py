@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import os
+import pathlib
 import random
 import shutil
 import subprocess
@@ -30,9 +31,12 @@ from bit_tf import (
 pytest.importorskip(
     "pyarrow", reason="no pyarrow; pip install 'bit-tf[parquet]'"
 )
-from pyarrow import dataset
+from pyarrow import dataset, parquet
 
 PRESET = presets.Preset(*embed_process.PRESET)
+EDGE = presets.Preset(
+    "edge", "shortest_edge", 24, None, "bilinear", True, "a test"
+)
 
 
 @pytest.fixture(scope="module")
@@ -503,6 +507,89 @@ def test_items_instead_of_sources(model, tmp_path):
     assert {row.source for row in found_rows} == {"shown"}
 
 
+@pytest.mark.parametrize("given", [pathlib.Path, str, os.fsencode])
+@pytest.mark.parametrize("form", ["one", "list", "generator"])
+def test_sources_in_other_forms(given, form, model, tmp_path):
+    source = given(pictures(tmp_path / "in", 2))
+    sources = {
+        "one": source,
+        "list": [source],
+        "generator": (one for one in [source]),
+    }[form]
+    summary = embed_run.run(
+        sources, tmp_path / "out", model=model, preset=PRESET, progress=False
+    )
+    assert summary.encoded == 2
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        (),
+        3,
+        [3],
+        [None],
+        ["in", 3],
+        [items.Item("a", "a", ("file", "a")), "in"],
+        [items.Item("\udcff", "a", ("file", "a"))],
+        [items.Item("a", "\udcff", ("file", "a"))],
+        [items.Item(3, "a", ("file", "a"))],
+        [items.Item("a", "a", ("file", b"a"))],
+        [items.Item("a", "a", None)],
+    ],
+    ids=str,
+)
+def test_sources_that_are_none(sources, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "in", 1)
+    with pytest.raises(errors.DatasetError, match="Received: "):
+        embed_run.run(
+            iter(sources) if isinstance(sources, tuple) else sources,
+            tmp_path / "out",
+            model=model,
+            preset=PRESET,
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("top", ["5", -1, 1.0, True])
+def test_top_is_checked(top, run, tmp_path):
+    with pytest.raises(errors.DatasetError, match="top"):
+        run(tmp_path, top=top)
+
+
+def test_relative_sources_of_another_directory(run, tmp_path, monkeypatch):
+    for number, name in enumerate("xy"):
+        (tmp_path / name).mkdir()
+        pictures(tmp_path / name / "in", 3, first=10 * number)
+    monkeypatch.chdir(tmp_path / "x")
+    assert run("in").encoded == 3
+    (tmp_path / "y" / "in" / "0000.png").write_bytes(png(77))
+    monkeypatch.chdir(tmp_path / "y")
+    with pytest.raises(errors.DatasetError, match="absolute") as raised:
+        run("in")
+    for name in "xy":
+        assert str(tmp_path / name / "in" / "0000.png") in str(raised.value)
+    # What is left is found from anywhere.
+    (tmp_path / "out" / "part-00000.parquet").unlink()
+    assert counts(run(tmp_path / "y" / "in")) == (7, 7, 0, 0, 0)
+
+
+def test_overwrite_removes_nothing_before_all_is_listed(run, tmp_path):
+    folder = pictures(tmp_path / "in", 3)
+    run(folder)
+    before = contents(tmp_path / "out")
+    listed = tmp_path / "l.csv"
+    listed.write_text('path\nin/0000.png\n"in/0001.png')
+    for options in ({}, {"timeout": 0}):
+        with pytest.raises(ValueError, match="Received: "):
+            run(folder if options else listed, overwrite=True, **options)
+        assert contents(tmp_path / "out") == before
+    assert counts(run(folder)) == (3, 0, 0, 0, 3)
+    assert "_embed.next.sqlite" not in os.listdir(tmp_path / "out")
+    assert counts(run(folder, overwrite=True)) == (3, 3, 0, 0, 0)
+
+
 def test_a_failing_model_is_not_a_row(run, tmp_path, monkeypatch):
     folder = pictures(tmp_path / "in", 30)
     encode = embed_engine.Encoder.encode
@@ -545,6 +632,88 @@ def test_little_is_held(run, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_engine.Encoder, "encode", slow)
     run(folder, shard=1000, batch=4)
     assert max(most) <= 4 * max(4, os.cpu_count() or 1) + 8 * 4
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["tfhub", EDGE],
+    ids=["none", "edge"],
+)
+def test_few_bytes_are_held(preset, run, tmp_path, monkeypatch):
+    """Pictures that decoding makes larger are counted before it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(40):
+        whole = Image.new("RGB", (200, 24), (number, 0, 0))
+        whole.save(folder / f"{number:02d}.png")
+    size = 200 * 24 * 12
+    held, most = set(), []
+    prepare = embed_engine.Encoder.prepare
+    encode = embed_engine.Encoder.encode
+
+    def counted(self, data, sha256=None):
+        held.add(sha256)
+        most.append(len(held))
+        return prepare(self, data, sha256)
+
+    def slow(self, batch):
+        time.sleep(0.02)
+        held.difference_update([one.sha256 for one in batch])
+        return encode(self, batch)
+
+    monkeypatch.setattr(embed_engine.Encoder, "prepare", counted)
+    monkeypatch.setattr(embed_engine.Encoder, "encode", slow)
+    monkeypatch.setattr(embed_engine, "_HELD", 4 * size)
+    assert run(folder, preset=preset, shard=1000, batch=1).encoded == 40
+    # Four that wait, and what is in or on its way to the model.
+    assert max(most) <= 4 + 4
+
+
+def test_numbers_that_are_not_finite(run, tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "in", 9)
+    names = {}
+    for path in folder.iterdir():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        names[digest] = path.name
+    values = {"0001.png": np.nan, "0002.png": -np.inf, "0003.png": -1e5}
+    encode = embed_engine.Encoder.encode
+
+    def odd(self, batch):
+        found = encode(self, batch)
+        for one, picture in zip(found, batch, strict=True):
+            one.embedding[3] = values.get(names[picture.sha256], 1.0)
+        return found
+
+    monkeypatch.setattr(embed_engine.Encoder, "encode", odd)
+    assert counts(run(folder)) == (9, 7, 0, 2, 0)
+    assert counts(run(folder, output=tmp_path / "half", float16=True)) == (
+        *(9, 6, 0, 3, 0),
+    )
+    for out, bad in (("out", 2), ("half", 3)):
+        found = rows(tmp_path / out)
+        assert [n for n, row in enumerate(found) if row.error] == [
+            *range(1, 1 + bad)
+        ]
+        assert all(
+            np.isfinite(row.embedding).all() for row in found if not row.error
+        )
+        assert all("finite" in row.error for row in found[1:3])
+        assert found[1].width is None
+    assert "--float16" in found[3].error
+    assert "one of 100000" in found[3].error
+
+
+def test_a_flipped_bit_among_the_vectors(run, tmp_path):
+    folder = pictures(tmp_path / "in", 8)
+    run(folder)
+    path = tmp_path / "out" / "part-00000.parquet"
+    data = bytearray(path.read_bytes())
+    column = parquet.read_metadata(path).row_group(0).column(5)
+    data[column.data_page_offset + column.total_compressed_size - 9] ^= 1
+    path.write_bytes(data)
+    facts = embedding_table.read_facts(path)
+    with pytest.raises(errors.DatasetError, match="whole Parquet file"):
+        embed_engine.read_shard(str(path), facts)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,30 @@ def same(found, expected, facts):
             assert np.array_equal(one.embedding, kept)
 
 
+def test_a_vector_has_a_length():
+    found = FACTS.schema()
+    place = found.get_field_index("embedding")
+    field = arrow.field("embedding", arrow.list_(arrow.float32()))
+    found = found.set(place, field)
+    for dim in (b"-1", b"0"):
+        changed = found.with_metadata(found.metadata | {b"dim": dim})
+        with pytest.raises(errors.DatasetError, match="dim"):
+            Facts.of(changed)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "part-00000.parquet"
+    embedding_table.write(path, rows(FACTS), FACTS)
+    data = bytearray(path.read_bytes())
+    vector = rows(FACTS)[3].embedding.tobytes()
+    place = data.find(vector[:8])
+    assert place > 0
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises((OSError, arrow.ArrowException)):
+        embedding_table.parquet_file(path).read()
+
+
 @pytest.mark.parametrize("float16", [False, True])
 @pytest.mark.parametrize("top", [0, 2])
 @pytest.mark.parametrize("count", [0, 1, 5, 600])
@@ -70,6 +94,54 @@ def test_what_is_written_is_read(float16, top, count, tmp_path):
     file = parquet.ParquetFile(path)
     assert file.num_row_groups == -(-count // embedding_table.ROW_GROUP)
     assert os.listdir(tmp_path) == ["part-00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"embedding": None}, "no vector"),
+        ({"embedding": np.ones(1)}, r"\(1,\)"),
+        ({"embedding": np.ones([1, 6])}, r"\(1, 6\)"),
+        ({"embedding": np.ones(5)}, r"\(5,\)"),
+    ],
+    ids=["none", "one", "matrix", "short"],
+)
+def test_rows_of_another_form_are_refused(change, what):
+    row = rows(FACTS, 1)[0]._replace(**change)
+    with pytest.raises(errors.DatasetError, match=what):
+        embedding_table.record_batch([row], FACTS)
+
+
+def test_no_infinity_is_written():
+    facts = dataclasses.replace(FACTS, float16=True)
+    found = rows(facts, 4)
+    for row, value in zip(found[2:], [np.inf, 65520], strict=True):
+        row.embedding[2] = value
+    found[0].embedding[2] = 65519
+    batch = embedding_table.record_batch(found, facts)
+    read = embedding_table.rows_of(batch)
+    assert [row.error is None for row in read] == [True, False, False, False]
+    assert read[0].embedding[2] == 65504
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_a_table_has_numbers(dim):
+    schema = FACTS.schema().remove(5)
+    kind = arrow.list_(arrow.float32())
+    schema = schema.insert(5, arrow.field("embedding", kind))
+    metadata = {**schema.metadata, b"dim": str(dim).encode()}
+    with pytest.raises(errors.DatasetError, match=f"dim {dim}"):
+        Facts.of(schema.with_metadata(metadata))
+
+
+def test_parts_are_in_the_order_of_their_numbers(tmp_path):
+    names = [f"part-{n:05d}.parquet" for n in (0, 9, 99_999, 100_000, 200_000)]
+    for name in reversed([*names, "part-a-1.parquet", "part-b-0.parquet"]):
+        (tmp_path / name).touch()
+    found = [
+        os.path.basename(path) for path in embedding_table.part_paths(tmp_path)
+    ]
+    assert found == [*names, "part-a-1.parquet", "part-b-0.parquet"]
 
 
 def test_the_columns():

@@ -276,6 +276,19 @@ def test_few_in_all_at_once(server, other, make):
     assert server.most + other.most > 3
 
 
+def test_a_burst_after_rest_takes_all_connections(server, make):
+    """Threads that wait for work already are told once, not for each."""
+    fetcher = make(connections=8, per_host=8)
+    urls = [f"{server.url}/{number}" for number in range(32)]
+    for url in urls[:3]:
+        fetcher.fetch(url)
+    until(lambda: fetcher.workers._idle == len(fetcher.workers._threads))
+    server.pause = 0.2
+    for future in start(fetcher, urls[:8]):
+        assert future.result() == BODY
+    assert server.most == 8
+
+
 def test_a_slow_host_does_not_hold_up_a_fast_one(server, other, make):
     hold = threading.Event()
     server.by_path["/slow"].append(Reply(hold=hold))
@@ -377,6 +390,11 @@ def test_ctrl_c_while_it_waits(server, make):
         ("timeout", 0.0),
         ("timeout", float("nan")),
         ("max_bytes", 0),
+        ("connections", 2.5),
+        ("retries", float("inf")),
+        ("timeout", float("inf")),
+        ("timeout", 1e10),
+        ("timeout", "5"),
     ],
 )
 def test_numbers_that_are_too_small(name, value):

@@ -1,7 +1,9 @@
 import errno
 import hashlib
 import os
+import pathlib
 import stat
+import sys
 import threading
 import time
 
@@ -73,6 +75,7 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         rename(source, target)
 
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     monkeypatch.setattr(files.os, "rename", fail)
     with (
         pytest.raises(OSError, match="Input/output"),
@@ -80,6 +83,26 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     ):
         pass
     assert (path / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["path"]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="exchanges names on Linux alone; run pytest tests/test_files.py "
+    "there",
+)
+def test_something_is_there_at_any_moment(tmp_path, monkeypatch):
+    path = tmp_path / "path"
+    path.mkdir()
+    (path / "file").write_text("old")
+
+    def fail(source, target):
+        raise AssertionError("there is nothing between two renames")
+
+    monkeypatch.setattr(files.os, "rename", fail)
+    with files.new_directory(path, overwrite=True) as staging:
+        pathlib.Path(staging, "file").write_text("new")
+    assert (path / "file").read_text() == "new"
     assert os.listdir(tmp_path) == ["path"]
 
 

@@ -1,10 +1,13 @@
 """The index: what goes in, what is found, and what it refuses."""
 
 import dataclasses
+import datetime
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -190,6 +193,85 @@ def test_k_is_at_least_one(opened):
         opened.search(vectors(1)[0], k=0)
 
 
+@pytest.mark.parametrize("k", ["3", None, 2.5, float("nan"), True], ids=repr)
+def test_k_is_an_integer(opened, k):
+    with pytest.raises(errors.DatasetError, match="integer"):
+        opened.search(vectors(1)[0], k=k)
+    assert len(opened.search(vectors(1)[0], k=np.int64(3))) == 3
+
+
+def test_arguments_of_another_type(opened, tmp_path):
+    with pytest.raises(errors.DatasetError, match="Received: 5"):
+        opened.row(5)
+    with pytest.raises(errors.DatasetError, match=r"Received: '0\.9'"):
+        opened.near_duplicates("0.9")
+    with pytest.raises(errors.DatasetError, match="vector of"):
+        opened.search([10**400] * DIM)
+    with pytest.raises(errors.DatasetError, match="Received: 7"):
+        opened.search(vectors(1)[0], where=7)
+    with pytest.raises(errors.DatasetError, match="Received: None"):
+        index.build(None, tmp_path / "index")
+
+
+def test_a_filter_is_one_expression(opened):
+    query = vectors(1)[0]
+    for where in ("width > 100; drop table x", "width > 1;"):
+        with pytest.raises(errors.DatasetError, match="without ;"):
+            opened.search(query, where=where)
+    assert opened.search(query, where="id = 'a;''b' OR \"id\" = ';'") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "é",
+        "h#x",
+        "q?x",
+        "pct%41",
+        "brack[1]",
+        "star*",
+        "a~b {c}|",
+        "!$&'()+,;=@",
+    ],
+)
+def test_any_name(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    write(tmp_path / "vectors", rows(0, 3))
+    write(tmp_path / "more", rows(3, 5))
+    index.build(tmp_path / "vectors", folder / name)
+    index.add(tmp_path / "more", folder / name)
+    assert len(index.open(folder / name)) == 5
+    assert sorted(os.listdir(folder)) == [name, f"{name}.lock"]
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "more", "vectors"])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "new\nline", "nul\0", "\udc80"], ids=ascii
+)
+def test_names_that_lancedb_does_not_take(tmp_path, monkeypatch, name):
+    write(tmp_path / "vectors", rows(0, 3))
+    monkeypatch.chdir(tmp_path)
+    message = "control characters" if name else "empty name"
+    for action in (index.build, index.add):
+        with pytest.raises(errors.DatasetError, match=message):
+            action(tmp_path / "vectors", name)
+    with pytest.raises(errors.DatasetError, match=message):
+        index.open(name)
+    assert os.listdir(tmp_path) == ["vectors"]
+
+
+def test_no_room_for_the_ids(tmp_path, monkeypatch):
+    write(tmp_path / "vectors", rows(0, 3))
+
+    def full(*arguments):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(index_rows._Known, "_enter", full)
+    with pytest.raises(errors.DatasetError, match="SQLITE_TMPDIR"):
+        index.build(tmp_path / "vectors", tmp_path / "index")
+
+
 def test_row_by_id(opened):
     row = opened.row("it's/12")
     assert row.width == 12
@@ -304,12 +386,15 @@ def test_one_id_with_two_vectors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, -np.inf])
-def test_a_vector_without_a_direction_is_refused(tmp_path, bad):
+def test_a_vector_without_a_direction_is_refused(tmp_path, bad, monkeypatch):
     found = rows(0, 5)
     vector = np.zeros(DIM, np.float32)
     vector[3] = bad
     found[2] = found[2]._replace(embedding=vector)
-    write(tmp_path / "vectors", found)
+    with monkeypatch.context() as patch:
+        # Tables of this package hold none that is not finite.
+        patch.setattr(embedding_table, "checked", lambda row, facts: row)
+        write(tmp_path / "vectors", found)
     with pytest.raises(errors.DatasetError, match="it's/2"):
         index.build(tmp_path / "vectors", tmp_path / "index")
     assert not (tmp_path / "index").exists()
@@ -423,6 +508,55 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path):
     assert (tmp_path / "folder" / "note.txt").read_text() == "mine"
 
 
+def test_an_open_index_was_replaced(tmp_path):
+    write(tmp_path / "vectors", rows(0, 5))
+    target = tmp_path / "index"
+    index.build(tmp_path / "vectors", target)
+    old = index.open(target)
+    index.build(tmp_path / "vectors", target, overwrite=True)
+    for call in (
+        lambda: old.search(vectors(1)[0], where="width >= 0"),
+        lambda: old.search(vectors(1)[0]),
+        lambda: old.row("it's/1"),
+        lambda: old.near_duplicates(progress=False),
+    ):
+        with pytest.raises(errors.DatasetError, match="Open it again"):
+            call()
+
+
+def test_only_an_index_is_replaced(tmp_path):
+    import lancedb
+    import pyarrow
+
+    write(tmp_path / "vectors", rows(0, 5))
+    target = tmp_path / "index"
+    index.build(tmp_path / "vectors", target)
+    (target / "precious.txt").write_text("mine")
+    foreign = tmp_path / "foreign"
+    lancedb.connect(foreign).create_table(
+        "vectors", pyarrow.table({"mine": [1, 2]})
+    )
+    damaged = tmp_path / "damaged"
+    (damaged / "vectors.lance").mkdir(parents=True)
+    (damaged / "vectors.lance" / "note.txt").write_text("mine")
+    for other in (target, foreign, damaged):
+        before = {path for path in other.rglob("*") if path.is_file()}
+        with pytest.raises(errors.DatasetError, match="something else"):
+            index.build(tmp_path / "vectors", other, overwrite=True)
+        assert {p for p in other.rglob("*") if p.is_file()} == before
+    (target / "precious.txt").unlink()
+    for manifest in target.glob("vectors.lance/_versions/*"):
+        manifest.unlink()
+    index.build(tmp_path / "vectors", target, overwrite=True)
+    assert len(index.open(target)) == 5
+
+
+def test_a_row_has_a_source(tmp_path):
+    write(tmp_path / "vectors", [rows(0, 1)[0]._replace(source=None)])
+    with pytest.raises(errors.DatasetError, match="has a source"):
+        index.build(tmp_path / "vectors", tmp_path / "index")
+
+
 def test_what_is_no_index_or_no_table_is_refused(small, tmp_path):
     with pytest.raises(errors.DatasetError, match="index build"):
         index.open(tmp_path / "none")
@@ -510,6 +644,21 @@ def test_the_limit_is_passed_by_adding(tmp_path, few):
     write(tmp_path / "more", rows(600, 1000))
     index.add(tmp_path / "more", tmp_path / "index")
     assert index.open(tmp_path / "index").stats().indexed == 1000
+
+
+def test_old_versions_go_when_much_is_added(tmp_path, monkeypatch, few):
+    monkeypatch.setattr(ivf_pq, "_KEPT", datetime.timedelta(seconds=1))
+    write(tmp_path / "vectors", rows(0, 1200))
+    index.build(tmp_path / "vectors", tmp_path / "index")
+    versions = tmp_path / "index" / "vectors.lance" / "_versions"
+    old = {name for name in os.listdir(versions) if "manifest" in name}
+    time.sleep(1.5)
+    write(tmp_path / "more", rows(1200, 1500))
+    index.add(tmp_path / "more", tmp_path / "index")
+    found = index.open(tmp_path / "index")
+    assert (len(found), found.stats().indexed) == (1500, 1500)
+    assert found.search(rows(0, 1500)[1234].embedding)[0].row.width == 1234
+    assert not old & set(os.listdir(versions))
 
 
 def test_parameters():

@@ -82,7 +82,9 @@ def test_a_folder_in_order(here, caplog):
     assert passed in caplog.text
     first = next(find(["photos"]))
     assert first == Item(
-        "photos/a/10.png", "photos/a/10.png", ("file", "photos/a/10.png")
+        "photos/a/10.png",
+        "photos/a/10.png",
+        ("file", str(here / "photos/a/10.png")),
     )
     assert ids(pathlib.Path("photos")) == ids("photos")
     assert [item.id for item in find("photos")] == ids("photos")
@@ -287,6 +289,11 @@ def test_csv(here, name, text, column, expected):
     ("name", "data", "column", "words"),
     [
         ("l.csv", b"pfad,n\na,1", None, "a column of path, url"),
+        ("l.csv", b"a.jpg\nb.jpg", None, "begins with 'a.jpg'"),
+        ("l.csv", b"http://h/a,1\n", None, "begins with 'http://h/a'"),
+        ("l.csv", b"path;n\na.jpg;1", None, "commas"),
+        ("l.tsv", b"path,n\na.jpg,1", None, "tabs"),
+        ("l.txt", b"a.jpg\nb\0.jpg", None, "byte 0"),
         ("l.csv", b"photo,n\na,1", "photos", "Did you mean 'photo'"),
         ("l.csv", b"photo,photo\na,1", "photo", "one column 'photo'"),
         ("l.csv", b"", None, "a single one"),
@@ -312,6 +319,67 @@ def test_damaged_lists(here, name, data, column, words):
     assert words in refused(name, column=column)
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet", ".tar"])
+def test_a_pipe_is_no_list(here, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip(
+            "pyarrow", reason="no pyarrow; pip install 'bit-tf[parquet]'"
+        )
+    os.mkfifo("pipe" + suffix)
+    assert "not a regular file" in refused("pipe" + suffix)
+
+
+def test_names_with_blanks_in_a_list(here):
+    put(here, " a.jpg", "b.jpg", "c.jpg ")
+    put(here, "l.txt", data=b" a.jpg\n b.jpg\nc.jpg \n")
+    assert ids("l.txt") == [" a.jpg", "b.jpg", "c.jpg "]
+
+
+def test_places_do_not_depend_on_where_one_is(here):
+    put(here / "x", "a.jpg", "l.txt", data=b"a.jpg")
+    with tarfile.open("x/a.tar", "w") as archive:
+        archive.add("x/a.jpg", "m.jpg")
+    os.chdir("x")
+    found = list(find([".", "a.jpg", "l.txt", "a.tar"]))
+    assert {item.location[1] for item in found} == {
+        *(f"{here}/x/{name}" for name in ("./a.jpg", "a.jpg", "a.tar"))
+    }
+    os.chdir("/")
+    with Reader() as reader:
+        assert {reader.read(item) for item in found} == {b"a.jpg"}
+
+
+def test_a_member_and_a_file_of_its_name(here):
+    put(here, "x.png", "a.tar#x.png", "l.csv#2")
+    put(here, "l.csv", data=b"n,path\n1\n")
+    with tarfile.open("a.tar", "w") as archive:
+        archive.add("x.png")
+    found = ids("a.tar", "a.tar#x.png", "l.csv", "l.csv#2")
+    assert found == ["a.tar#x.png", "a.tar\\x23x.png", "l.csv#2", "l.csv\\x232"]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://u:p@h/x", "http://h/x"),
+        ("http://h1?x=a@b/c", "http://h1?x=a@b/c"),
+        ("http://h1#a@b/c", "http://h1#a@b/c"),
+        ("http://h:80/a@b", "http://h:80/a@b"),
+        ("http://[::1]:80/a@b", "http://[::1]:80/a@b"),
+        ("http://u:p@[::1]/a", "http://[::1]/a"),
+        ("http://u:p/w@host/x", "http://***@host/x"),
+    ],
+)
+def test_passwords_are_not_shown(url, shown):
+    assert ids(url) == [shown]
+
+
+@pytest.mark.parametrize("sources", [3, [3], [None]], ids=str)
+def test_sources_of_another_type(sources):
+    with pytest.raises(DatasetError, match="list of texts"):
+        find(sources)
+
+
 def test_unknown_sources(here):
     put(here, "photo.jpg")
     (here / "empty").mkdir()
@@ -321,6 +389,7 @@ def test_unknown_sources(here):
     assert "none" in refused()
     assert "Download it" in refused("s3://bucket/a.jpg")
     assert "Download it" in refused("https://h/a.tar")
+    assert "Download it" in refused("http://[::1/x")
     assert "Download it" in refused("https://h/a.csv?x=1")
     assert "secret" not in refused("https://me:secret@h/a.csv")
     refused("photo.jpg", "nothing.jpg")
@@ -685,6 +754,11 @@ def test_places_that_cannot_be_read(here):
             ("url", "http://[::1"),
             ("file", "a.jpg"),
         ),
+    ]
+    places[:0] = [
+        *((), ("file",), ("file", 3), ("url", 5), ("url", "a", "b"), None),
+        *(("tar", "a.jpg"), ("tar", "a.jpg", 0, -1), ("tfds", "a"), "file"),
+        ("tar", "a.jpg", 0.0, 1),
     ]
     found = [Item(str(n), "", place) for n, place in enumerate(places)]
     with Reader(retries=0, max_bytes=1000) as reader:

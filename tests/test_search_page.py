@@ -5,6 +5,7 @@ import dataclasses
 import html
 import http.server
 import io
+import os
 import re
 import shutil
 import tarfile
@@ -38,6 +39,13 @@ PICTURE = re.compile(r'src="data:image/jpeg;base64,[A-Za-z0-9+/=]+"')
 def hit(source, score=0.5, **cells):
     cells = {"width": 30, "height": 20} | cells
     return Hit(score, Row(id=cells.pop("id", source), source=source, **cells))
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo.tar")
+    source = f"{tmp_path}/fifo.tar#x.png"
+    page = search_page.results(source, None, [hit(source)], FACTS)
+    assert not PICTURE.search(page)
 
 
 def picture_bytes(height=300, width=400, seed=0):

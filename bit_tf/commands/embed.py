@@ -120,7 +120,7 @@ def register(subparsers) -> None:
     )
     network.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=20.0,
         metavar="SECONDS",
         help="a picture (%(default)g)",
@@ -175,6 +175,19 @@ def _count(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> float:
+    """An argument that is the longest time for one URL."""
+    from bit_tf import fetching
+
+    number = float(text)
+    if not 0 < number <= fetching.LONGEST_TIMEOUT:
+        raise argparse.ArgumentTypeError(
+            f"must be above 0 and at most {fetching.LONGEST_TIMEOUT}, "
+            f"not {text}"
+        )
+    return number
+
+
 def _is_directory(output: str) -> bool:
     """Whether --output names a directory: all that is not - or a file."""
     if output == "-":
@@ -204,14 +217,18 @@ def _output(text: str) -> str:
 
 
 def run(args) -> int:
+    from bit_tf import items
+
+    items.require_use(args.sources, column=args.column, split=args.split)
     if _is_directory(args.output):
         return _run_table(args)
     given = [name for name in _OF_TABLES if getattr(args, name) is not None]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise errors.BitTfError(
-            f"{options} need --output DIR. Received: --output {args.output}. "
-            "Name a directory, or leave them out."
+            f"{options} {'need' if len(given) > 1 else 'needs'} --output DIR. "
+            f"Received: --output {args.output}. Name a directory, or leave "
+            "what needs one out."
         )
     return _run_list(args)
 
@@ -246,7 +263,6 @@ def _run_table(args) -> int:
 
         summary = embed_run.run(args.sources, args.output, **options)
     else:
-        errors.import_extra("apache_beam", "beam")
         from bit_tf import bulk
 
         beam_options = [f"--runner={args.runner}", *args.rest]
@@ -254,6 +270,14 @@ def _run_table(args) -> int:
             args.sources, args.output, beam_options=beam_options, **options
         )
     print(f"bit-tf: {summary}", file=sys.stderr)
+    for source, error in summary.first_errors:
+        print(f"bit-tf: error: {source}: {error}", file=sys.stderr)
+    others = summary.errors - len(summary.first_errors)
+    if summary.first_errors and others:
+        print(
+            f"bit-tf: {others} other errors are in the column error",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps(dataclasses.asdict(summary)))
     return 1 if summary.errors else 0
@@ -270,7 +294,8 @@ def _reader_options(args) -> dict:
 
 def _run_list(args) -> int:
     """Embeds to stdout, or into one file."""
-    if args.output.endswith(".parquet"):
+    suffix = os.path.splitext(args.output)[1].lower()
+    if suffix == ".parquet":
         errors.import_extra("pyarrow.parquet", "parquet")
     program.quiet_tensorflow()
     from tqdm import tqdm
@@ -285,7 +310,7 @@ def _run_list(args) -> int:
             data_dir=args.data_dir,
             split=args.split,
         )
-        if _holds_many(source)
+        if _holds_many(source) or _is_url(source)
         else source
         for source in args.sources
     ]
@@ -311,7 +336,7 @@ def _run_list(args) -> int:
                 waiting.append(item.source)
                 yield data
 
-    single = all(isinstance(one, str) for one in named)
+    single = not any(map(_holds_many, args.sources))
     with items.Reader(**_reader_options(args)) as reader:
         for vector in tqdm(
             encoder.iterate(
@@ -331,7 +356,7 @@ def _run_list(args) -> int:
                 results.append((source, vector))
     if args.output != "-":
         with files.new_file(args.output) as file:
-            if args.output.endswith(".npy"):
+            if suffix == ".npy":
                 _write_npy(file, results)
             else:
                 _write_parquet(file, results, encoder)
@@ -347,6 +372,11 @@ def _holds_many(source: str) -> bool:
     if os.path.lexists(source):
         return source.lower().endswith((*item_lists.SUFFIXES, ".tar"))
     return "://" not in source and picture_paths.is_pattern(source)
+
+
+def _is_url(source: str) -> bool:
+    """Whether a source is a picture that items.Reader fetches."""
+    return source.lower().startswith(("http://", "https://"))
 
 
 def read(image: str):

@@ -111,7 +111,10 @@ def _add_vectors(parser) -> None:
 
 def _cosine(text: str) -> float:
     """An argument that is above 0, up to 1."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], not {text}")
     return number
