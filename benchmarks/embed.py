@@ -41,6 +41,7 @@ from bit_tf import errors, presets, variants
 __all__ = [
     "alone",
     "decoded",
+    "fresh",
     "main",
     "make_constant",
     "make_model",
@@ -253,7 +254,7 @@ def _by_tf_data(
         yield picture.numpy()
 
 
-def _fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
@@ -262,12 +263,12 @@ def _fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _speed(args, where: pathlib.Path) -> dict[str, Any]:
     model, folder = where / "model", where / "pictures"
-    _fresh(make_model, model, args.architecture)
+    fresh(make_model, model, args.architecture)
     make_pictures(folder, args.images, args.seed)
-    decoding, encoding = _fresh(
+    decoding, encoding = fresh(
         alone, str(folder), str(model), args.side, args.batch
     )
-    found = _fresh(
+    found = fresh(
         together,
         [str(folder)],
         str(where / "out"),
@@ -290,13 +291,13 @@ def _speed(args, where: pathlib.Path) -> dict[str, Any]:
 
 def _memory(args, where: pathlib.Path) -> dict[str, Any]:
     model = where / "model"
-    _fresh(make_constant, model)
+    fresh(make_constant, model)
     found: dict[str, Any] = {}
     for count in args.stubs:
         archive = where / f"{count}.tar"
         make_stubs(archive, count)
         out = str(where / f"out{count}")
-        found[str(count)] = _fresh(
+        found[str(count)] = fresh(
             together, [str(archive)], out, str(model), None, 64, 1024
         )
         archive.unlink()
@@ -310,7 +311,7 @@ def _decoding(args, where: pathlib.Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for _ in range(3):
         for way in ("threads", "tf.data"):
-            wall, cpu = _fresh(decoded, str(folder), args.side, way)
+            wall, cpu = fresh(decoded, str(folder), args.side, way)
             row = found.setdefault(way, {"wall": [], "cpu": []})
             row["wall"].append(wall)
             row["cpu"].append(cpu)

@@ -611,9 +611,9 @@ def test_a_failing_model_is_not_a_row(run, tmp_path, monkeypatch):
     assert all(row.error is None for row in rows(tmp_path / "out"))
 
 
-def test_little_is_held(run, tmp_path, monkeypatch):
-    """Pictures wait for the model in a bounded number."""
-    folder = pictures(tmp_path / "in", 120)
+@pytest.fixture
+def held_pictures(monkeypatch):
+    """How many pictures waited for a slow model, whenever one came."""
     held, most = set(), []
     prepare = embed_engine.Encoder.prepare
     encode = embed_engine.Encoder.encode
@@ -630,8 +630,14 @@ def test_little_is_held(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(embed_engine.Encoder, "prepare", counted)
     monkeypatch.setattr(embed_engine.Encoder, "encode", slow)
+    return most
+
+
+def test_little_is_held(run, tmp_path, held_pictures):
+    """Pictures wait for the model in a bounded number."""
+    folder = pictures(tmp_path / "in", 120)
     run(folder, shard=1000, batch=4)
-    assert max(most) <= 4 * max(4, os.cpu_count() or 1) + 8 * 4
+    assert max(held_pictures) <= 4 * max(4, os.cpu_count() or 1) + 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -639,7 +645,7 @@ def test_little_is_held(run, tmp_path, monkeypatch):
     ["tfhub", EDGE],
     ids=["none", "edge"],
 )
-def test_few_bytes_are_held(preset, run, tmp_path, monkeypatch):
+def test_few_bytes_are_held(preset, run, tmp_path, monkeypatch, held_pictures):
     """Pictures that decoding makes larger are counted before it."""
     folder = tmp_path / "in"
     folder.mkdir()
@@ -647,26 +653,10 @@ def test_few_bytes_are_held(preset, run, tmp_path, monkeypatch):
         whole = Image.new("RGB", (200, 24), (number, 0, 0))
         whole.save(folder / f"{number:02d}.png")
     size = 200 * 24 * 12
-    held, most = set(), []
-    prepare = embed_engine.Encoder.prepare
-    encode = embed_engine.Encoder.encode
-
-    def counted(self, data, sha256=None):
-        held.add(sha256)
-        most.append(len(held))
-        return prepare(self, data, sha256)
-
-    def slow(self, batch):
-        time.sleep(0.02)
-        held.difference_update([one.sha256 for one in batch])
-        return encode(self, batch)
-
-    monkeypatch.setattr(embed_engine.Encoder, "prepare", counted)
-    monkeypatch.setattr(embed_engine.Encoder, "encode", slow)
     monkeypatch.setattr(embed_engine, "_HELD", 4 * size)
     assert run(folder, preset=preset, shard=1000, batch=1).encoded == 40
     # Four that wait, and what is in or on its way to the model.
-    assert max(most) <= 4 + 4
+    assert max(held_pictures) <= 4 + 4
 
 
 def test_numbers_that_are_not_finite(run, tmp_path, monkeypatch):
