@@ -48,6 +48,8 @@ _SHARDS = 32
 _LEAST = 128
 # Consecutive examples of a dataset of TFDS that are read together.
 _SLICE = 128
+# The kind of error of a vector that no table can keep.
+_UNFIT = "Vector"
 
 _lock = threading.Lock()
 _encoders: dict[tuple, Encoder] = {}
@@ -143,6 +145,7 @@ class EncoderHandler(inference.ModelHandler):
         inference_args: Mapping[str, Any] | None = None,
     ) -> Iterator[Handled]:
         start = time.monotonic()
+        facts = self._facts or model.facts()
         good = [
             entry.prepared
             for entry in batch.entries
@@ -151,24 +154,23 @@ class EncoderHandler(inference.ModelHandler):
         encoded = iter(model.encode(good) if good else ())
         rows = []
         for item, prepared, sha256 in batch.entries:
+            row, kind = Row(item.id, item.source, sha256), ""
             if isinstance(prepared, Prepared):
                 row = Row(
-                    item.id,
-                    item.source,
-                    sha256,
-                    prepared.width,
-                    prepared.height,
-                    *next(encoded),
+                    *row[:3], prepared.width, prepared.height, *next(encoded)
                 )
-                rows.append((row, ""))
+                row = embedding_table.checked(row, facts)
+                kind = _UNFIT if row.error is not None else ""
             else:
-                row = Row(item.id, item.source, sha256, error=str(prepared))
-                rows.append((row, type(prepared).__name__))
+                row = row._replace(error=str(prepared))
+                kind = type(prepared).__name__
+            rows.append((row, kind))
         if good:
             _distribution("model_ms").update(_milliseconds(start))
         _counter("images").inc(len(rows))
-        _counter("encoded").inc(len(good))
-        _counter("errors").inc(len(rows) - len(good))
+        bad = sum(1 for _, kind in rows if kind)
+        _counter("encoded").inc(len(rows) - bad)
+        _counter("errors").inc(bad)
         yield Handled(batch.shard, batch.shards, batch.total, rows)
 
     def get_num_bytes(self, batch: Any) -> int:

@@ -34,8 +34,12 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       A binary file, readable too, in the directory of `path`.
 
     Raises:
-      OSError: it cannot be written; what was at `path` is still there.
+      OSError: it cannot be written, or is a directory; what was at `path` is
+        still there.
     """
+    if os.path.isdir(path):
+        code = errno.EISDIR
+        raise IsADirectoryError(code, os.strerror(code), os.fspath(path))
     staging = _sibling(pathlib.Path(os.path.abspath(path)))
     try:
         with open(staging, "x+b") as file:

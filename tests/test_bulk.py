@@ -1,5 +1,6 @@
 """Vectors by Apache Beam: the same rows, whatever runs the pipeline."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -159,6 +160,35 @@ def test_dead_letters_say_what_was_wrong(finished, folder):
     for line in lines:
         assert line["id"] == str(folder / os.path.basename(line["id"]))
         assert line["message"] == table[line["id"]].error
+
+
+def test_vectors_that_are_not_finite(run, folder, tmp_path, monkeypatch):
+    from bit_tf import embed_model
+
+    encode = embed_model.Encoder.encode
+
+    def odd(self, batch):
+        found = encode(self, batch)
+        for one, picture in zip(found, batch, strict=True):
+            if picture.sha256 == bad:
+                one.embedding[3] = np.nan
+        return found
+
+    monkeypatch.setattr(embed_model.Encoder, "encode", odd)
+    path = sorted(folder.glob("0*.png"))[1]
+    bad = hashlib.sha256(path.read_bytes()).hexdigest()
+    summary = run(tmp_path / "out")
+    assert (summary.encoded, summary.errors) == (GOOD - 1, BAD + 1)
+    table = rows(tmp_path / "out")
+    assert sum(row.error is not None for row in table.values()) == BAD + 1
+    lines = [
+        json.loads(line)
+        for name in (tmp_path / "out" / "_errors").iterdir()
+        for line in name.read_text().splitlines()
+    ]
+    assert [line["id"] for line in lines if line["kind"] == "Vector"] == [
+        str(path)
+    ]
 
 
 def test_files_are_numbered_and_nothing_else_is_left(finished):

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import pathlib
+import re
 import stat
 import sys
 import threading
@@ -112,6 +113,11 @@ def test_what_cannot_be_replaced(tmp_path, monkeypatch):
         pass
     with pytest.raises(OSError), files.new_file("/"):
         pass
+    with (
+        pytest.raises(IsADirectoryError, match=re.escape(f"'{tmp_path}'")),
+        files.new_file(tmp_path),
+    ):
+        pytest.fail("nothing is written for a name that is taken")
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "broken link"])

@@ -217,6 +217,19 @@ def test_duplicates(call, folder, tmp_path):
         assert code == 2
 
 
+def test_no_duplicates(call, folder, tmp_path):
+    opened = index.open(folder / "index")
+    some = [opened.row(f"picture {number}") for number in range(2)]
+    embedding_table.write(tmp_path / "two.parquet", some, opened.facts)
+    index.build(tmp_path / "two.parquet", tmp_path / "index", progress=False)
+    code, out, err = call(
+        *("bit-tf", "index", "duplicates", "--index", tmp_path / "index"),
+        *("--threshold", "1"),
+    )
+    assert (code, out) == (0, "")
+    assert err == "No two of 2 pictures have a cosine of 1 or more.\n"
+
+
 def test_a_page_that_cannot_be_written(call, folder, tmp_path):
     code, _, err = call(
         *("bit-tf", "search", "id:picture 3", "--index", folder / "index"),

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 
 from bit_tf import files
 
@@ -209,4 +210,10 @@ def _duplicates(args) -> int:
             note = "  (same file)" if member.same_file else ""
             shown = search_page.printable(member.row.id)
             print(f"  {member.score:8.4f}  {shown}{note}")
+    if not groups:
+        print(
+            f"No two of {len(opened)} pictures have a cosine of "
+            f"{args.threshold:g} or more.",
+            file=sys.stderr,
+        )
     return 0
