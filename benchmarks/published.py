@@ -425,11 +425,11 @@ def network(checkpoint: checkpoints.Checkpoint, head: bool) -> Function:
     """
     import tensorflow as tf
 
-    from bit_tf import hub, models
+    from bit_tf import frozen_graph, models
 
     model = models.from_checkpoint(checkpoint, head=head)
     spec = tf.TensorSpec([None, None, None, 3], tf.float32)
-    function = hub.freeze(
+    function = frozen_graph.freeze(
         tf.function(lambda x: model(x), autograph=False).get_concrete_function(
             spec
         )

@@ -30,16 +30,12 @@ __all__ = [
     "content_hash",
     "described_files",
     "fetch",
-    "freeze",
     "load",
     "picture_function",
     "relocated",
     "resolve",
 ]
 
-# A frozen graph is one protocol buffer, which cannot pass 2 GiB; the rest of
-# the graph needs a little of that.
-FREEZE_LIMIT = 2**31 - 2**24
 # How often another program's lock is looked at; seconds.
 _POLL = 1.0
 # The longest wait for a download in which nothing arrives, by this process's
@@ -463,33 +459,6 @@ def load(
         ) from error
 
 
-def freeze(function):
-    """Turns variables into constants, so that work on weights is done once.
-
-    Args:
-      function: a tf.types.experimental.ConcreteFunction of one tensor.
-
-    Returns:
-      A callable that takes and returns one tensor each; `function` itself
-      where the constants would pass TensorFlow's limit of 2 GiB a graph.
-    """
-    size = sum(
-        variable.dtype.size * variable.shape.num_elements()
-        for variable in function.variables
-    )
-    if size > FREEZE_LIMIT:
-        return function
-    from tensorflow.python.framework import convert_to_constants
-
-    frozen = convert_to_constants.convert_variables_to_constants_v2(function)
-
-    def call(tensor):
-        (output,) = frozen(tensor)
-        return output
-
-    return call
-
-
 def picture_function(model, signature: str, output: str, handle: str):
     """A fast function of one SavedModel output, with the weights frozen.
 
@@ -506,6 +475,8 @@ def picture_function(model, signature: str, output: str, handle: str):
       HandleError: the model does not return one vector a picture.
     """
     import tensorflow as tf
+
+    from bit_tf import frozen_graph
 
     signatures = getattr(model, "signatures", {})
     if signature in signatures:
@@ -541,7 +512,7 @@ def picture_function(model, signature: str, output: str, handle: str):
             "A model of pictures returns one vector a picture, [n, d]. "
             f"Received from {handle!r}: {result}."
         )
-    function = freeze(concrete)
+    function = frozen_graph.freeze(concrete)
     width = shape[-1] or function(tf.zeros([1, 64, 64, 3])).shape[-1]
     return function, int(width)
 

@@ -15,7 +15,6 @@ import tensorflow as tf
 from bit_tf import (
     errors,
     files,
-    hub,
     labels,
     models,
     presets,
@@ -26,7 +25,10 @@ from bit_tf import (
 from bit_tf.checkpoints import keras_file
 from hub_export import card, golden, origins, reexport, reusable, sources
 
-__all__ = ["convert", "export"]
+__all__ = ["LARGE", "convert", "export"]
+
+# Bytes of weights from which a model is traced unit by unit.
+LARGE = 2**31 - 2**24
 
 # What a SavedModel's directory holds.
 _OURS = {
@@ -363,14 +365,14 @@ def _staged(path: str | os.PathLike, overwrite: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _unit_by_unit(model: models.ResNetV2) -> Iterator[None]:
-    """Traces a model too large to freeze with one function for every unit.
+    """Traces a large model with one function for every unit.
 
     TensorFlow's executor starts whatever is ready, so in one flat graph the
     kernels of the whole model are standardized at once, and take as much
     memory again as the weights. A function's body waits for its arguments.
     """
     units = []
-    if 4 * model.count_params() > hub.FREEZE_LIMIT:
+    if 4 * model.count_params() > LARGE:
         units = [
             unit
             for layer in model.layers

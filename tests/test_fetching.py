@@ -32,7 +32,7 @@ class Server(FileServer):
         super().__init__()
         self.by_path = collections.defaultdict(collections.deque)
         self.pause = 0.0
-        self.now = self.most = 0
+        self.now = self.paused = self.most = 0
         self.counting = threading.Lock()
         self.bodies = Everything()
 
@@ -45,9 +45,13 @@ class Server(FileServer):
     def answer(self, handler):
         with self.counting:
             self.now += 1
-            self.most = max(self.most, self.now)
+            self.paused += 1
+            self.most = max(self.most, self.paused)
         try:
             self.closing.wait(self.pause)
+            # Before the client has its answer, and may ask for more.
+            with self.counting:
+                self.paused -= 1
             with contextlib.suppress(OSError):
                 super().answer(handler)
         finally:

@@ -324,8 +324,8 @@ def test_r50x1_in_every_consumer(r50x1, tmp_path):
 
 
 def test_large_models_run_unit_by_unit(keras_small, tmp_path, monkeypatch):
-    """What is done past 2 GiB, forced on a small model."""
-    monkeypatch.setattr(saved_model.hub, "FREEZE_LIMIT", 0)
+    """What is done past saved_model.LARGE, forced on a small model."""
+    monkeypatch.setattr(saved_model, "LARGE", 0)
     saved_model.export(keras_small, tmp_path / "out", verify=False)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     functions = [

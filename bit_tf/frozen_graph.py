@@ -1,0 +1,383 @@
+"""A function whose work on its weights is done once: nothing of it is left.
+
+Unlike TensorFlow's converter to constants, this one
+
+* computes what depends on weights alone when it freezes, such as the
+  standardized kernels of all convolutions, instead of leaving that to the first
+  call, and makes no copies of a model on the way;
+* keeps large arrays beside the graph, which may then be of any size: a graph of
+  constants is one protocol buffer, at most 2 GiB.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
+from tensorflow.python.framework import op_def_registry
+from tensorflow.python.grappler import tf_optimizer
+
+__all__ = ["freeze"]
+
+# Arrays up to this many bytes are constants of the graph, which TensorFlow's
+# optimizers see.
+_CONSTANT = 2**16
+# Bytes of variables whose share of the graph is computed at once: what comes
+# between takes memory, too.
+_AT_ONCE = 2**28
+# These move values between branches, and between a loop's iterations.
+_CONTROL_FLOW = frozenset(
+    {
+        *("Enter", "Exit", "LoopCond", "Merge", "NextIteration", "Switch"),
+        *("RefEnter", "RefExit", "RefMerge", "RefNextIteration", "RefSwitch"),
+    }
+)
+
+
+def freeze(function: Any) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Computes what depends on the weights alone, once.
+
+    A variable's later values are not seen, unless the function itself changes
+    it.
+
+    Args:
+      function: a tf.types.experimental.ConcreteFunction that takes and returns
+        one tensor.
+
+    Returns:
+      A callable with the same values. It keeps no variables but those that the
+      function changes.
+    """
+    graph = _Graph(function)
+    values = graph.computed()
+    left, result, captures = graph.rest(values)
+
+    def call(tensor):
+        here = tf.compat.v1.get_default_graph()
+        feeds = {name: here.capture(value) for name, value in captures.items()}
+        feeds[graph.argument] = tensor
+        (output,) = tf.graph_util.import_graph_def(
+            left, feeds, [result], name=""
+        )
+        return output
+
+    (argument,) = graph.arguments
+    frozen = tf.compat.v1.wrap_function(
+        call, [tf.TensorSpec(argument.shape, argument.dtype)]
+    )
+    # Tables and the like live as long as the function that brought them.
+    owner = function if graph.needs(captures) else None
+
+    def run(tensor: tf.Tensor, _owner: Any = owner) -> tf.Tensor:
+        return frozen(tensor)
+
+    return run
+
+
+class _Graph:
+    """A function's graph, without calls, and what of it never changes.
+
+    Attributes:
+      arguments: the function's tensors, without those it captured.
+      argument: the name of the one.
+      output: the name of the output.
+    """
+
+    def __init__(self, function: Any):
+        graph = function.graph
+        self._captures = {
+            inner.op.name: outer for outer, inner in graph.captures
+        }
+        self.arguments = [
+            tensor
+            for tensor in function.inputs
+            if tensor.op.name not in self._captures
+        ]
+        self.argument = self.arguments[0].name
+        (output,) = function.outputs
+        self.output = output.name
+        self._definition = _inlined(function)
+        self._nodes = {node.name: node for node in self._definition.node}
+        self._varying, self._binding = self._find_varying()
+        variables = {
+            id(variable.handle): variable for variable in graph.variables
+        }
+        # Bytes of the variables, by the names of their handles.
+        self._sizes = {
+            name: variable.dtype.size * (variable.shape.num_elements() or 0)
+            for name, outer in self._captures.items()
+            if (variable := variables.get(id(outer))) is not None
+        }
+
+    def computed(self) -> dict[str, tf.Tensor]:
+        """The values that what varies takes from the rest, by their names."""
+        wanted: dict[str, None] = {}
+        if _split(self.output)[0] not in self._varying:
+            wanted[self.output] = None
+        for node in self._before([self.output], fixed=False):
+            if node.name not in self._varying:
+                continue
+            for source, index in _data_inputs(node):
+                if source in self._varying:
+                    continue
+                if self._nodes[source].op != "Const":
+                    wanted[f"{source}:{index}"] = None
+        found: dict[str, tf.Tensor] = {}
+        for names in self._parts(wanted):
+            found.update(zip(names, self._compute(names), strict=True))
+        return found
+
+    def rest(
+        self, values: dict[str, tf.Tensor]
+    ) -> tuple[Any, str, dict[str, tf.Tensor]]:
+        """What varies, as a graph.
+
+        Args:
+          values: what `computed` returned.
+
+        Returns:
+          The GraphDef; the name of its output; and the tensors that its
+          placeholders stand for, but for the argument, by their outputs' names.
+        """
+        names = {
+            name: self._free_name(number) for number, name in enumerate(values)
+        }
+        graph = tf.compat.v1.GraphDef(versions=self._definition.versions)
+        graph.library.CopyFrom(self._definition.library)
+        captures: dict[str, tf.Tensor] = {}
+        for name, value in values.items():
+            node = graph.node.add(name=names[name])
+            node.attr["dtype"].type = value.dtype.as_datatype_enum
+            if _is_small(value):
+                node.op = "Const"
+                node.attr["value"].tensor.CopyFrom(
+                    tf.make_tensor_proto(value.numpy())
+                )
+            else:
+                node.op = "Placeholder"
+                node.attr["shape"].shape.CopyFrom(value.shape.as_proto())
+                captures[f"{names[name]}:0"] = value
+        for node in self._before([self.output, self.argument], fixed=False):
+            if node.name not in self._varying and node.op != "Const":
+                continue
+            if node.name in self._captures:
+                outer = self._captures[node.name]
+                captures[f"{node.name}:0"] = outer
+            kept = graph.node.add()
+            kept.CopyFrom(node)
+            del kept.input[:]
+            for text in self._inputs(node.name):
+                source, index = _split(text)
+                name = text if index is None else f"{source}:{index}"
+                kept.input.append(names.get(name, text))
+        output = (
+            f"{names[self.output]}:0" if self.output in names else self.output
+        )
+        return graph, output, captures
+
+    def needs(self, captures: Iterable[str]) -> bool:
+        """Whether any of them is a capture of the function itself."""
+        return any(_split(name)[0] in self._captures for name in captures)
+
+    def _find_varying(self) -> tuple[set[str], set[str]]:
+        """Nodes whose outputs may differ from call to call.
+
+        Returns:
+          Their names; and of these, those that others wait for.
+        """
+        users: dict[str, list[str]] = collections.defaultdict(list)
+        after: dict[str, list[str]] = collections.defaultdict(list)
+        for node in self._definition.node:
+            for source, index in map(_split, node.input):
+                (after if index is None else users)[source].append(node.name)
+        reads = {
+            node.name
+            for node in self._definition.node
+            if self._reads(node, users)
+        }
+        found: set[str] = set()
+        stack = [
+            node.name
+            for node in self._definition.node
+            if node.name not in reads and self._is_open(node)
+        ]
+        while stack:
+            name = stack.pop()
+            if name in found or name in reads:
+                continue
+            found.add(name)
+            stack += users[name]
+        # What is inside a branch or a loop stays there: only control edges tell
+        # where a constant is.
+        inside: set[str] = set()
+        stack = [
+            node.name
+            for node in self._definition.node
+            if node.op in _CONTROL_FLOW
+        ]
+        while stack:
+            name = stack.pop()
+            if name not in inside:
+                inside.add(name)
+                stack += users[name] + after[name]
+        varying = found | inside
+        binding = inside | {
+            name for name in found if self._has_effects(self._nodes[name])
+        }
+        return varying, binding
+
+    def _reads(self, node: Any, users: dict[str, list[str]]) -> bool:
+        """Whether it reads a variable that the graph only reads."""
+        if node.op != "ReadVariableOp":
+            return False
+        ((handle, _),) = _data_inputs(node)
+        # A call's arguments became such nodes.
+        while self._nodes[handle].op == "Identity":
+            ((handle, _),) = _data_inputs(self._nodes[handle])
+        if handle not in self._captures:
+            return False
+        stack = [handle]
+        while stack:
+            for user in users[stack.pop()]:
+                if self._nodes[user].op == "Identity":
+                    stack.append(user)
+                elif self._nodes[user].op != "ReadVariableOp":
+                    return False
+        return True
+
+    def _is_open(self, node: Any) -> bool:
+        """Whether it brings what its inputs do not tell."""
+        if node.op == "Placeholder":
+            captured = self._captures.get(node.name)
+            return captured is None or captured.dtype in (
+                tf.resource,
+                tf.variant,
+            )
+        return self._has_effects(node)
+
+    def _has_effects(self, node: Any) -> bool:
+        """Whether it does more than to compute its outputs."""
+        known = op_def_registry.get(node.op)
+        # A function that could not be put in its place is not known.
+        return known is None or known.is_stateful or not known.output_arg
+
+    def _before(self, names: Iterable[str], fixed: bool) -> list[Any]:
+        """The nodes that tensors come from, in the graph's order.
+
+        Args:
+          names: of the tensors.
+          fixed: whether what never changes has nodes before it, too.
+        """
+        found: set[str] = set()
+        stack = [_split(name)[0] for name in names]
+        while stack:
+            name = stack.pop()
+            if name not in found:
+                found.add(name)
+                if fixed or name in self._varying:
+                    stack += [_split(text)[0] for text in self._inputs(name)]
+        return [node for name, node in self._nodes.items() if name in found]
+
+    def _inputs(self, name: str) -> list[str]:
+        """A node's inputs, without control edges that only give an order."""
+        inputs = []
+        for text in self._nodes[name].input:
+            source, index = _split(text)
+            if index is not None or (
+                name in self._varying and source in self._binding
+            ):
+                inputs.append(text)
+        return inputs
+
+    def _parts(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Names in groups, each of not too many weights."""
+        part: list[str] = []
+        size = 0
+        for name in names:
+            here = sum(
+                self._sizes.get(node.name, 0)
+                for node in self._before([name], fixed=True)
+            )
+            if part and size + here > _AT_ONCE:
+                yield part
+                part, size = [], 0
+            part.append(name)
+            size += here
+        if part:
+            yield part
+
+    def _compute(self, names: list[str]) -> list[tf.Tensor]:
+        """The values of tensors that come from weights alone."""
+        graph = tf.compat.v1.GraphDef(versions=self._definition.versions)
+        graph.library.CopyFrom(self._definition.library)
+        for node in self._before(names, fixed=True):
+            kept = graph.node.add()
+            kept.CopyFrom(node)
+            del kept.input[:]
+            kept.input.extend(self._inputs(node.name))
+        captured = [
+            node.name for node in graph.node if node.name in self._captures
+        ]
+
+        def call():
+            here = tf.compat.v1.get_default_graph()
+            feeds = {
+                f"{name}:0": here.capture(self._captures[name])
+                for name in captured
+            }
+            return tf.graph_util.import_graph_def(graph, feeds, names, name="")
+
+        return tf.compat.v1.wrap_function(call, [])()
+
+    def _free_name(self, number: int) -> str:
+        """A name that no node has."""
+        name = f"computed_{number}"
+        while name in self._nodes:
+            name = f"_{name}"
+        return name
+
+
+def _inlined(function: Any) -> Any:
+    """A function's GraphDef with the bodies of what it calls."""
+    graph = function.graph.as_graph_def()
+    for called in graph.library.function:
+        # TensorFlow prefers another implementation, or the call.
+        for attribute in ("api_implements", "_noinline"):
+            called.attr.pop(attribute, None)
+    meta_graph = meta_graph_pb2.MetaGraphDef(graph_def=graph)
+    # What grappler keeps.
+    names = meta_graph_pb2.CollectionDef()
+    names.node_list.value.extend(
+        tensor.name for tensor in [*function.inputs, *function.outputs]
+    )
+    meta_graph.collection_def["train_op"].CopyFrom(names)
+    config = config_pb2.ConfigProto()
+    options = config.graph_options.rewrite_options
+    options.min_graph_nodes = -1
+    options.optimizers.append("function")
+    graph = tf_optimizer.OptimizeGraph(config, meta_graph)
+    for node in graph.node:
+        # It names nodes that may go.
+        node.attr.pop("_class", None)
+    return graph
+
+
+def _split(text: str) -> tuple[str, int | None]:
+    """(node, number of its output) of an input; None for control edges."""
+    if text.startswith("^"):
+        return text[1:], None
+    name, _, index = text.partition(":")
+    return name, int(index or 0)
+
+
+def _data_inputs(node: Any) -> Iterator[tuple[str, int]]:
+    for source, index in map(_split, node.input):
+        if index is not None:
+            yield source, index
+
+
+def _is_small(value: tf.Tensor) -> bool:
+    return value.dtype.is_numpy_compatible and (
+        value.dtype.size * value.shape.num_elements() <= _CONSTANT
+    )
