@@ -99,7 +99,8 @@ class _Graph:
         self.output = output.name
         self._definition = _inlined(function)
         self._nodes = {node.name: node for node in self._definition.node}
-        self._varying, self._binding = self._find_varying()
+        self._varying, self._inside, self._binding = self._find_varying()
+        self._merge()
         variables = {
             id(variable.handle): variable for variable in graph.variables
         }
@@ -180,11 +181,12 @@ class _Graph:
         """Whether any of them is a capture of the function itself."""
         return any(_split(name)[0] in self._captures for name in captures)
 
-    def _find_varying(self) -> tuple[set[str], set[str]]:
+    def _find_varying(self) -> tuple[set[str], set[str], set[str]]:
         """Nodes whose outputs may differ from call to call.
 
         Returns:
-          Their names; and of these, those that others wait for.
+          Their names; of these, those in branches and loops; and those that
+          others wait for, if they say so.
         """
         users: dict[str, list[str]] = collections.defaultdict(list)
         after: dict[str, list[str]] = collections.defaultdict(list)
@@ -221,11 +223,19 @@ class _Graph:
             if name not in inside:
                 inside.add(name)
                 stack += users[name] + after[name]
-        varying = found | inside
-        binding = inside | {
-            name for name in found if self._has_effects(self._nodes[name])
-        }
-        return varying, binding
+        # Nodes without outputs pass on what they wait for.
+        binding: set[str] = set()
+        stack = [
+            name
+            for name in found | inside
+            if name in inside or self._has_effects(self._nodes[name])
+        ]
+        while stack:
+            name = stack.pop()
+            if name not in binding:
+                binding.add(name)
+                stack += [n for n in after[name] if self._nodes[n].op == "NoOp"]
+        return found | inside, inside, binding
 
     def _reads(self, node: Any, users: dict[str, list[str]]) -> bool:
         """Whether it reads a variable that the graph only reads."""
@@ -254,13 +264,71 @@ class _Graph:
                 tf.resource,
                 tf.variant,
             )
-        return self._has_effects(node)
+        return node.op == "NoOp" or self._has_effects(node)
 
     def _has_effects(self, node: Any) -> bool:
         """Whether it does more than to compute its outputs."""
+        if node.op in ("NoOp", "Placeholder"):
+            return False
         known = op_def_registry.get(node.op)
         # A function that could not be put in its place is not known.
-        return known is None or known.is_stateful or not known.output_arg
+        return known is None or known.is_stateful
+
+    def _merge(self) -> None:
+        """Has what two nodes compute alike computed by one.
+
+        Two signatures of a model, called side by side, then have one network.
+        TensorFlow's optimizer does so where the weights are constants.
+        """
+        waiting = {
+            node.name: len({name for name, _ in _data_inputs(node)})
+            for node in self._definition.node
+        }
+        users = collections.defaultdict(list)
+        for node in self._definition.node:
+            for source in {name for name, _ in _data_inputs(node)}:
+                users[source].append(node.name)
+        instead: dict[str, str] = {}
+        known: dict[tuple, str] = {}
+        ready = [name for name, count in waiting.items() if not count]
+        # Loops, whose nodes wait for each other, stay as they are.
+        while ready:
+            name = ready.pop()
+            node = self._nodes[name]
+            for index, text in enumerate(node.input):
+                source, output = _split(text)
+                if output is not None and source in instead:
+                    node.input[index] = f"{instead[source]}:{output}"
+            for user in users[name]:
+                waiting[user] -= 1
+                if not waiting[user]:
+                    ready.append(user)
+            key = self._key(node)
+            if key is not None:
+                first = known.setdefault(key, name)
+                if first != name:
+                    instead[name] = first
+
+    def _key(self, node: Any) -> tuple | None:
+        """Equal for nodes with equal outputs; None if that is not known."""
+        if node.name in self._varying:
+            if node.op == "Placeholder" or self._has_effects(node):
+                return None
+            if node.name in self._inside or len(self._inputs(node.name)) != len(
+                list(_data_inputs(node))
+            ):
+                return None
+        elif node.op == "Placeholder":
+            return None
+        attributes = (
+            (name, value.SerializeToString(deterministic=True))
+            for name, value in node.attr.items()
+            if not name.startswith("_")
+        )
+        inputs = tuple(
+            f"{source}:{index}" for source, index in _data_inputs(node)
+        )
+        return node.op, node.device, inputs, *sorted(attributes)
 
     def _before(self, names: Iterable[str], fixed: bool) -> list[Any]:
         """The nodes that tensors come from, in the graph's order.

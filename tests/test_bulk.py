@@ -113,7 +113,8 @@ def same(first, second):
         assert row.error == other.error
         assert row.names == other.names
         if row.error is None:
-            np.testing.assert_allclose(row.embedding, other.embedding, 1e-5)
+            found = helpers.relative_error(row.embedding, other.embedding)
+            assert found <= 1e-5
             np.testing.assert_allclose(row.scores, other.scores, 1e-5)
         else:
             assert row.embedding is None

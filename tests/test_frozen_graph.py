@@ -149,6 +149,44 @@ def test_a_variable_that_the_function_changes():
     assert float(frozen(PICTURES)) == 20.0
 
 
+def test_what_is_computed_twice_is_computed_once(small_export):
+    """Two signatures, called side by side, share the network."""
+    model = hub.load(small_export)
+
+    def call(x):
+        return tf.concat(
+            [
+                model.signatures["image_feature_vector"](x)["features"],
+                model.signatures["image_classification"](x)["logits"],
+            ],
+            axis=1,
+        )
+
+    both = frozen_graph.freeze(concrete(call))
+    alone = frozen_graph.freeze(concrete(lambda x: model(x)))
+    assert nodes(both)["Conv2D"] == nodes(alone)["Conv2D"]
+    captured = len(inside(alone).captured_inputs)
+    assert len(inside(both).captured_inputs) == captured
+    pictures = tf.random.stateless_uniform([1, 40, 40, 3], [3, 4])
+    assert helpers.relative_error(both(pictures), call(pictures)) <= 1e-6
+
+
+def test_different_work_is_not_merged():
+    weight = tf.Variable(tf.ones([3]))
+
+    def call(x):
+        first = tf.random.uniform([]) + tf.reduce_sum(weight)
+        second = tf.random.uniform([]) + tf.reduce_sum(weight)
+        up = tf.reduce_sum(tf.cast(x, tf.float32), axis=[0, 1, 2])
+        down = tf.reduce_sum(tf.cast(-x, tf.float32), axis=[0, 1, 2])
+        return tf.concat([[first - second], up, down], axis=0)
+
+    frozen = frozen_graph.freeze(concrete(call))
+    difference, *sums = np.asarray(frozen(tf.ones([1, 1, 2, 3])))
+    assert difference != 0
+    assert sums == [2.0] * 3 + [-2.0] * 3
+
+
 def test_a_table_lives_on():
     module = tf.Module()
     module.table = tf.lookup.StaticHashTable(
