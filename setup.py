@@ -42,6 +42,14 @@ EXTRAS["test"] = [
 ]
 # The independent oracle. See constraints.txt for torch's CPU build.
 EXTRAS["oracle"] = [*EXTRAS["torch"], "safetensors>=0.5", "transformers>=5"]
+# What python -m benchmarks compares with.
+EXTRAS["bench"] = [
+    *EXTRAS["oracle"],
+    *EXTRAS["plot"],
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "openvino>=2025.0",
+]
 
 setuptools.setup(
     name="bit-tf",

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks import embed
+from benchmarks import embed, processes
 
 __all__ = ["main", "measure"]
 
@@ -77,7 +77,7 @@ def measure(
 
 def _all(args, where: pathlib.Path) -> dict[str, Any]:
     model, pictures, few = where / "model", where / "all", where / "few"
-    embed.fresh(embed.make_model, model, args.architecture)
+    processes.fresh(embed.make_model, model, args.architecture)
     embed.make_pictures(pictures, args.images, args.seed)
     few.mkdir()
     for path in sorted(pictures.iterdir())[: max(1, args.images // 10)]:
@@ -90,7 +90,7 @@ def _all(args, where: pathlib.Path) -> dict[str, Any]:
         for way, options in WAYS.items():
             for folder in (few, pictures):
                 output = where / "out"
-                wall, encoded = embed.fresh(
+                wall, encoded = processes.fresh(
                     measure,
                     str(folder),
                     str(output),

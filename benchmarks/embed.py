@@ -25,7 +25,6 @@ import argparse
 import concurrent.futures
 import io
 import json
-import multiprocessing
 import os
 import pathlib
 import sys
@@ -35,13 +34,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import memory
+from benchmarks import memory, processes
 from bit_tf import errors, presets, variants
 
 __all__ = [
     "alone",
     "decoded",
-    "fresh",
     "main",
     "make_constant",
     "make_model",
@@ -254,21 +252,14 @@ def _by_tf_data(
         yield picture.numpy()
 
 
-def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def _speed(args, where: pathlib.Path) -> dict[str, Any]:
     model, folder = where / "model", where / "pictures"
-    fresh(make_model, model, args.architecture)
+    processes.fresh(make_model, model, args.architecture)
     make_pictures(folder, args.images, args.seed)
-    decoding, encoding = fresh(
+    decoding, encoding = processes.fresh(
         alone, str(folder), str(model), args.side, args.batch
     )
-    found = fresh(
+    found = processes.fresh(
         together,
         [str(folder)],
         str(where / "out"),
@@ -291,13 +282,13 @@ def _speed(args, where: pathlib.Path) -> dict[str, Any]:
 
 def _memory(args, where: pathlib.Path) -> dict[str, Any]:
     model = where / "model"
-    fresh(make_constant, model)
+    processes.fresh(make_constant, model)
     found: dict[str, Any] = {}
     for count in args.stubs:
         archive = where / f"{count}.tar"
         make_stubs(archive, count)
         out = str(where / f"out{count}")
-        found[str(count)] = fresh(
+        found[str(count)] = processes.fresh(
             together, [str(archive)], out, str(model), None, 64, 1024
         )
         archive.unlink()
@@ -311,7 +302,7 @@ def _decoding(args, where: pathlib.Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for _ in range(3):
         for way in ("threads", "tf.data"):
-            wall, cpu = fresh(decoded, str(folder), args.side, way)
+            wall, cpu = processes.fresh(decoded, str(folder), args.side, way)
             row = found.setdefault(way, {"wall": [], "cpu": []})
             row["wall"].append(wall)
             row["cpu"].append(cpu)
