@@ -45,7 +45,7 @@ def test_the_model_has_the_same_values(features_export):
     pictures = helpers.random_images(2, 40, 33, seed=1) / np.float32(255)
     expected = function(tf.constant(pictures))
     found = frozen(tf.constant(pictures))
-    assert helpers.relative_error(found, expected) <= 1e-6
+    assert helpers.relative_error(found, expected) <= 1e-5
     left = nodes(frozen)
     assert "ReadVariableOp" not in left
     # Of each normalization one: the standardization of kernels has none left.
@@ -93,7 +93,7 @@ def test_weights_are_computed_in_parts(features_export, monkeypatch):
     function = concrete(lambda pictures: model(pictures))
     frozen = frozen_graph.freeze(function)
     pictures = tf.random.stateless_uniform([1, 40, 40, 3], [3, 4])
-    assert helpers.relative_error(frozen(pictures), function(pictures)) <= 1e-6
+    assert helpers.relative_error(frozen(pictures), function(pictures)) <= 1e-5
     assert len(computed) > 2
     names = [name for part in computed for name in part]
     assert len(names) == len(set(names))
@@ -109,7 +109,7 @@ def test_a_model_traced_unit_by_unit(small_npz, tmp_path, monkeypatch):
     frozen = frozen_graph.freeze(function)
     assert "StatefulPartitionedCall" not in nodes(frozen)
     pictures = tf.random.stateless_uniform([1, 40, 40, 3], [3, 4])
-    assert helpers.relative_error(frozen(pictures), function(pictures)) <= 1e-6
+    assert helpers.relative_error(frozen(pictures), function(pictures)) <= 1e-5
 
 
 def test_branches_and_loops():
@@ -168,7 +168,7 @@ def test_what_is_computed_twice_is_computed_once(small_export):
     captured = len(inside(alone).captured_inputs)
     assert len(inside(both).captured_inputs) == captured
     pictures = tf.random.stateless_uniform([1, 40, 40, 3], [3, 4])
-    assert helpers.relative_error(both(pictures), call(pictures)) <= 1e-6
+    assert helpers.relative_error(both(pictures), call(pictures)) <= 1e-5
 
 
 def test_different_work_is_not_merged():
