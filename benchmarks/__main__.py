@@ -4,7 +4,9 @@
     training    a step of fine-tuning, against transformers in torch
     startup     seconds from the start of Python to the first vector
     scaling     how time grows with pixels and with the batch
-    all         these four
+    gpu         features and training on a GPU: the Keras model on JAX against
+                torch; says so where there is none
+    all         these five
 
 Peers come with `pip install -c constraints.txt 'bit-tf[bench]'`; those that are
 not installed are named and left out. Every table is printed as markdown, and
@@ -21,7 +23,7 @@ import pathlib
 import sys
 import tempfile
 
-NAMES = ("inference", "training", "startup", "scaling")
+NAMES = ("inference", "training", "startup", "scaling", "gpu")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,13 +45,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(name: str, quick: bool, output: pathlib.Path | None) -> None:
     """Runs one benchmark, and prints and writes what it found."""
-    from benchmarks import inference, scaling, startup, timing, training
+    from benchmarks import gpu, inference, scaling, startup, timing, training
 
     measure = {
         "inference": inference.measure,
         "training": training.measure,
         "startup": startup.measure,
         "scaling": scaling.measure,
+        "gpu": gpu.measure,
     }[name]
     options = {}
     if quick:
@@ -73,9 +76,13 @@ def run(name: str, quick: bool, output: pathlib.Path | None) -> None:
                 "batches": (1, 2),
                 "rounds": 1,
             },
+            "gpu": {},
         }[name]
     with tempfile.TemporaryDirectory() as folder:
         found = measure(pathlib.Path(folder), **options)
+    if "unavailable" in found:
+        print(found["unavailable"])
+        return
     timing.write(output, name, found)
     if found.get("not_installed"):
         logging.warning(

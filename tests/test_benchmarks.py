@@ -13,7 +13,7 @@ import reference
 import tensorflow as tf
 
 from benchmarks import __main__ as command
-from benchmarks import peers, plain_graphs, startup, timing
+from benchmarks import gpu, peers, plain_graphs, processes, startup, timing
 from bit_tf import variants
 
 
@@ -170,3 +170,26 @@ def test_help():
     )
     assert done.returncode == 0
     assert "inference" in done.stdout
+
+
+@pytest.mark.slow
+def test_without_a_gpu(capsys):
+    assert command.main(["gpu"]) == 0
+    assert "No GPU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["features", "training"])
+def test_the_model_on_jax(work):
+    """What runs on a GPU, on a CPU."""
+    found = processes.fresh(gpu._jax, "testing", work, 2, 32)
+    assert min(found["seconds"]) > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    """Needs a GPU and jax for it: pytest -m gpu."""
+    assert command.main(["gpu", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    for rows in found["tables"].values():
+        assert rows[0]["images/s"] > 0
