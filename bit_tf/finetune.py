@@ -30,6 +30,7 @@ from bit_tf import (
     input_pipeline,
     interrupts,
     model_origins,
+    models,
     training_records,
     training_state,
     training_step,
@@ -98,6 +99,7 @@ def finetune(
     seed: int = 0,
     freeze: str | None = None,
     micro_batches: int = 1,
+    recompute: bool = False,
     flip: bool = True,
     crop: bool = True,
     strategy: tf.distribute.Strategy | None = None,
@@ -128,6 +130,8 @@ def finetune(
       micro_batches: parts into which each replica divides its batch, one after
         the other, so that it takes less memory; the result is the same up to
         rounding.
+      recompute: whether gradients take less memory and more time, see
+        `models.recompute`; the result is the same.
       flip: whether pictures are mirrored at random.
       crop: whether they are cropped at random; else squashed to the crop's
         size.
@@ -164,6 +168,8 @@ def finetune(
         if deterministic:
             stack.enter_context(_deterministic(seed))
         stack.enter_context(_frozen(model, variables))
+        if recompute:
+            stack.enter_context(models.recompute(model))
         stack.enter_context(distribution.guarded(where))
         settings = {
             "model": training_state.fingerprint(model.variables),

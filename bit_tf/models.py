@@ -5,6 +5,7 @@ others use is an endpoint with a name. Source: arXiv:1603.05027 (the unit),
 arXiv:1912.11370 (BiT), google-research/big_transfer.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -25,6 +26,7 @@ __all__ = [
     "endpoints",
     "from_checkpoint",
     "load_model",
+    "recompute",
 ]
 
 # Endpoint: the layer that computes it.
@@ -87,6 +89,9 @@ class Unit(keras.layers.Layer):
 
     float [n, h, w, c] → float [n, ⌈h/strides⌉, ⌈w/strides⌉, 4·filters]. The
     stride is the 3×3's; a projected shortcut takes the activated input.
+
+    Attributes:
+      recompute: see `recompute`.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class Unit(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.project = project
+        self.recompute = False
 
         def norm():
             return GroupNormalization(
@@ -147,6 +153,11 @@ class Unit(keras.layers.Layer):
                 conv.build(shape)
 
     def call(self, inputs):
+        if self.recompute:
+            return keras.remat(self._outputs)(inputs)
+        return self._outputs(inputs)
+
+    def _outputs(self, inputs):
         x = self.norm_a(inputs)
         shortcut = self.conv_proj(x) if self.project else inputs
         x = self.conv_a(x)
@@ -461,6 +472,40 @@ def endpoints(model: ResNetV2, names: Iterable[str]) -> ImageModel:
             )
         outputs[name] = model.get_layer(ENDPOINTS[name]).output
     return ImageModel(model.input, outputs, name=f"{model.name}_endpoints")
+
+
+@contextlib.contextmanager
+def recompute(model: keras.Model) -> Iterator[None]:
+    """Has gradients of a model take less memory and more time.
+
+    Inside the block a gradient keeps only what goes from unit to unit, and
+    computes the rest of each again when it comes to it (arXiv:1604.06174). The
+    values are the same. What was compiled before stays as it was.
+
+    Args:
+      model: a `ResNetV2`, or a model that contains one.
+
+    Raises:
+      TrainingError: it contains none, as with models from a hub, whose graph
+        is given.
+    """
+    units = [
+        layer for layer in model._flatten_layers() if isinstance(layer, Unit)
+    ]
+    if not units:
+        raise errors.TrainingError(
+            "Only this package's own units are computed again for a gradient. "
+            f"Received: {model.name!r}, which has none. Begin with a "
+            "checkpoint, or divide the batch (micro_batches, --micro-batches)."
+        )
+    before = [unit.recompute for unit in units]
+    for unit in units:
+        unit.recompute = True
+    try:
+        yield
+    finally:
+        for unit, value in zip(units, before, strict=True):
+            unit.recompute = value
 
 
 def endpoint_names(model: ResNetV2) -> list[str]:

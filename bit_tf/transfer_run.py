@@ -222,6 +222,7 @@ def run(
     *,
     strategy: tf.distribute.Strategy,
     micro_batches: int = 1,
+    recompute: bool = False,
     restart: bool = False,
     progress: bool = True,
 ) -> Result:
@@ -235,7 +236,7 @@ def run(
       prepared: of `prepare`.
       output: the directory.
       strategy: of `distribution.strategy`.
-      micro_batches, restart, progress: see finetune.finetune.
+      micro_batches, recompute, restart, progress: see finetune.finetune.
 
     Raises:
       MissingExtraError: matplotlib is not installed.
@@ -260,6 +261,7 @@ def run(
         seed=settings.seed,
         freeze=settings.freeze,
         micro_batches=micro_batches,
+        recompute=recompute,
         flip=settings.flip,
         crop=settings.crop,
         strategy=strategy,
@@ -300,6 +302,7 @@ def run(
             "rule": dataclasses.asdict(rule),
             "settings": _told(prepared),
             "micro_batches": micro_batches,
+            "recompute": recompute,
             "replicas": where.replicas,
             "preset": dataclasses.asdict(preset),
             "model": described,

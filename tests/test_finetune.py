@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+import bit_tf
 from bit_tf import (
     data,
     errors,
@@ -204,6 +205,22 @@ def test_micro_batches(parts, splits, whole_batches):
         [row["loss"] for row in expected.rows], abs=1e-6
     )
     assert not same(model, finetune_process.tiny())
+
+
+def test_recomputing(splits, whole_batches):
+    """Needs units of ours; a model without them says so."""
+    model = bit_tf.create_model("testing", num_classes=3)
+    other = bit_tf.create_model("testing", num_classes=3)
+    other.set_weights(model.get_weights())
+    _, expected = run(splits, steps=2, model=model)
+    _, history = run(splits, steps=2, model=other, recompute=True)
+    assert [row["loss"] for row in history.rows] == pytest.approx(
+        [row["loss"] for row in expected.rows], abs=1e-5
+    )
+    for one, again in zip(values(model), values(other), strict=True):
+        np.testing.assert_allclose(one, again, atol=1e-5)
+    with pytest.raises(errors.TrainingError, match="micro_batches"):
+        run(splits, steps=2, recompute=True)
 
 
 def test_first_steps_by_hand(splits):

@@ -3,6 +3,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+import tensorflow as tf
 
 import bit_tf
 from bit_tf import checkpoints, errors, models
@@ -267,3 +268,38 @@ def test_errors(small, small_npz):
             bit_tf.load_model(small_npz, **options)
     with pytest.raises(errors.UnknownNameError, match="mean 'BiT-M-R50x1'"):
         bit_tf.load_model("BiT-M-R50-x1")
+
+
+def test_a_gradient_that_computes_again():
+    """The same gradients; every convolution of a unit stands there twice."""
+    model = bit_tf.create_model("testing", num_classes=3)
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(variable + 0.1 * rng.standard_normal(variable.shape))
+    pictures = tf.constant(helpers.random_images(2, 40, 33) / np.float32(255))
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(model(pictures, training=True)))
+        values = [variable.value for variable in model.trainable_variables]
+        return tape.gradient(loss, values)
+
+    def convolutions():
+        graph = tf.function(gradients).get_concrete_function().graph
+        found = list(graph.as_graph_def().node)
+        for function in graph.as_graph_def().library.function:
+            found += function.node_def
+        return sum(node.op == "Conv2D" for node in found)
+
+    expected, once = gradients(), convolutions()
+    with models.recompute(model):
+        found, twice = gradients(), convolutions()
+    assert twice > 1.5 * once
+    for one, other in zip(found, expected, strict=True):
+        assert helpers.relative_error(one, other) <= 1e-5
+    assert convolutions() == once
+    with (
+        pytest.raises(errors.TrainingError, match="has none"),
+        models.recompute(keras.Sequential([keras.layers.Flatten()])),
+    ):
+        pass

@@ -150,6 +150,12 @@ def register(subparsers) -> None:
         "pixels, are computed at once)",
     )
     training.add_argument(
+        "--recompute",
+        action="store_true",
+        help="keep less for the gradient, and compute it again: about a "
+        "quarter more time for less memory; the result is the same",
+    )
+    training.add_argument(
         "--freeze",
         type=_expression,
         metavar="REGEX",
@@ -234,6 +240,7 @@ def run(args) -> int:
         args.output,
         strategy=strategy,
         micro_batches=micro_batches,
+        recompute=args.recompute,
         restart=args.restart,
     )
     if where.is_chief:
