@@ -53,54 +53,58 @@ def freeze(function: Any) -> Callable[[tf.Tensor], tf.Tensor]:
       A callable with the same values. It keeps no variables but those that the
       function changes.
     """
-    graph = _Graph(function)
-    values = graph.computed()
-    left, result, captures = graph.rest(values)
+    return _Frozen(function)
 
-    (argument,) = graph.arguments
-    spec = tf.TensorSpec(argument.shape, argument.dtype)
 
-    def function_of(definition: Any, outputs: list[str]) -> Any:
-        def call(tensor):
-            here = tf.compat.v1.get_default_graph()
-            feeds = {
-                name: here.capture(value) for name, value in captures.items()
-            }
-            feeds[graph.argument] = tensor
-            return tf.graph_util.import_graph_def(
-                definition, feeds, outputs, name=""
-            )
+class _Frozen:
+    """What `freeze` returns."""
 
-        return tf.compat.v1.wrap_function(call, [spec])
+    def __init__(self, function: Any):
+        graph = _Graph(function)
+        self._left, self._result, self._captures = graph.rest(graph.computed())
+        self._argument = graph.argument
+        (argument,) = graph.arguments
+        self._spec = tf.TensorSpec(argument.shape, argument.dtype)
+        # Tables and the like live as long as the function that brought them.
+        self._owner = function if graph.needs(self._captures) else None
+        self._building = threading.Lock()
+        self._exact = self._fast = None
+        fast = None
+        if graph.is_pure():
+            fast = fast_norms.rewritten(self._left, self._result)
+        if fast is None:
+            self._exact = self._function(self._left, [self._result])
+        else:
+            self._fast = self._function(fast[0], [self._result, fast[1]])
 
-    # Tables and the like live as long as the function that brought them.
-    owner = function if graph.needs(captures) else None
-    fast = fast_norms.rewritten(left, result) if graph.is_pure() else None
-    if fast is None:
-        exact = function_of(left, [result])
-
-        def run(tensor: tf.Tensor, _owner: Any = owner) -> tf.Tensor:
-            return exact(tensor)[0]
-
-        return run
-    quick = function_of(fast[0], [result, fast[1]])
-    building = threading.Lock()
-    built: list[Any] = []
-
-    def run_fast(tensor: tf.Tensor, _owner: Any = owner) -> tf.Tensor:
-        if not tf.is_symbolic_tensor(tensor):
+    def __call__(self, tensor: tf.Tensor) -> tf.Tensor:
+        if self._fast is not None and not tf.is_symbolic_tensor(tensor):
             # The network is a chain: what starts one operation after the other
             # is faster than what looks for those that can start.
             with context.function_executor_type("SINGLE_THREADED_EXECUTOR"):
-                output, worst = quick(tensor)
+                output, worst = self._fast(tensor)
             if float(worst) <= fast_norms.LIMIT:
                 return output
-        with building:
-            if not built:
-                built.append(function_of(left, [result]))
-        return built[0](tensor)[0]
+        with self._building:
+            if self._exact is None:
+                self._exact = self._function(self._left, [self._result])
+        return self._exact(tensor)[0]
 
-    return run_fast
+    def _function(self, graph: Any, outputs: list[str]) -> Any:
+        """A part of the graph, as a function."""
+
+        def call(tensor):
+            here = tf.compat.v1.get_default_graph()
+            feeds = {
+                name: here.capture(value)
+                for name, value in self._captures.items()
+            }
+            feeds[self._argument] = tensor
+            return tf.graph_util.import_graph_def(
+                graph, feeds, outputs, name=""
+            )
+
+        return tf.compat.v1.wrap_function(call, [self._spec])
 
 
 class _Graph:

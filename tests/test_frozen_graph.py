@@ -20,20 +20,15 @@ def concrete(call, spec=SPEC):
     return tf.function(call).get_concrete_function(spec)
 
 
-def inside(run):
+def inside(frozen):
     """The function that a frozen one calls."""
-    (function,) = (
-        cell.cell_contents
-        for cell in run.__closure__
-        if hasattr(cell.cell_contents, "graph")
-    )
-    return function
+    return frozen._fast or frozen._exact
 
 
-def nodes(run):
+def nodes(frozen):
     """The operations of a frozen function, by how many there are."""
     found = {}
-    for node in inside(run).graph.as_graph_def().node:
+    for node in inside(frozen).graph.as_graph_def().node:
         found[node.op] = found.get(node.op, 0) + 1
     return found
 
