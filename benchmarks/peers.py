@@ -241,13 +241,10 @@ def _onnxruntime(path: pathlib.Path):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = os.cpu_count() or 1
-        # It moves the zeros before the pooling into the pooling, which pads
-        # with −∞: another network (seen in 1.31).
         session = onnxruntime.InferenceSession(
             str(path),
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=["PadFusion"],
         )
 
         def call(pictures):

@@ -240,9 +240,13 @@ class _Onnx:
         return self.node("Relu", [y])
 
     def pool(self, x):
-        # MaxPool itself pads with −∞.
+        # MaxPool itself pads with −∞, and optimizers merge the two (ONNX
+        # Runtime from pull request 18136 on) unless the zero is computed.
         border = self.constant("pads", np.array([0, 0, 1, 1] * 2, np.int64))
-        x = self.node("Pad", [x, border])
+        size = self.node("Size", [x])
+        zero = self.node("Sub", [size, size])
+        zero = self.node("Cast", [zero], to=1)
+        x = self.node("Pad", [x, border, zero])
         return self.node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2])
 
     def add(self, x, y):

@@ -46,15 +46,22 @@ def test_convolutions_without_norms_are_as_many(testing, tmp_path):
     assert len(model.weights) == len(kernels)
 
 
-def test_the_onnx_graph_is_bit(testing, tmp_path):
-    pytest.importorskip("onnx", reason="no onnx; pip install 'bit-tf[bench]'")
-    from onnx import reference as onnx_reference
-
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_onnx_graph_is_bit(testing, tmp_path, runtime):
+    for name in ("onnx", runtime):
+        reason = f"no {name}; pip install 'bit-tf[bench]'"
+        pytest.importorskip(name, reason=reason)
     blocks, arrays = testing
-    plain_graphs.write_onnx(arrays, blocks, tmp_path / "graph.onnx")
-    session = onnx_reference.ReferenceEvaluator(str(tmp_path / "graph.onnx"))
+    path = tmp_path / "graph.onnx"
+    plain_graphs.write_onnx(arrays, blocks, path)
     pictures = helpers.random_images(1, 40, 33) / np.float32(255)
-    (found,) = session.run(None, {"images": pictures.transpose(0, 3, 1, 2)})
+    pictures = pictures.astype(np.float32)
+    start = (
+        peers._onnxruntime(path)
+        if runtime == "onnxruntime"
+        else peers._openvino(path, "f32")
+    )
+    found = start(1, 40, 33)(pictures)
     expected = reference.forward(arrays, pictures)["pre_logits"]
     assert helpers.relative_error(found, expected) <= 1e-5
 
