@@ -112,15 +112,18 @@ def test_branches_and_loops():
     limit = tf.Variable(3)
 
     def call(x):
-        total = tf.zeros([2])
-        for index in tf.range(limit):
+        def more(index, total):
             factor = tf.cast(index, tf.float32) + 1.0
-            total += factor * weight * tf.reduce_mean(x)
-        if tf.reduce_mean(x) > 0.5:
-            total = total * weight + 1.0
-        else:
-            total = total - 2.0 * weight
-        return total
+            return index + 1, total + factor * weight * tf.reduce_mean(x)
+
+        _, total = tf.while_loop(
+            lambda index, _: index < limit, more, (0, tf.zeros([2]))
+        )
+        return tf.cond(
+            tf.reduce_mean(x) > 0.5,
+            lambda: total * weight + 1.0,
+            lambda: total - 2.0 * weight,
+        )
 
     function = concrete(call)
     frozen = frozen_graph.freeze(function)
