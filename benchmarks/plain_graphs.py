@@ -271,7 +271,7 @@ def write_onnx(
 
     build = _Onnx(arrays)
     output = forward(build, "images", blocks)
-    size = 4 * arrays["group_norm/gamma"].size // 4
+    size = arrays["group_norm/gamma"].size
     graph = helper.make_graph(
         build.nodes,
         "bit",
