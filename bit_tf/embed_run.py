@@ -144,7 +144,7 @@ def run(
                 batch=batch,
                 retry_errors=retry_errors,
             )
-            with _explained(output, plan):
+            with _explained(output, plan, facts):
                 engine.run(progress)
     return dataclasses.replace(engine.summary, seconds=time.monotonic() - start)
 
@@ -255,13 +255,23 @@ def _require_facts(plan: Plan, facts: Facts, output: str) -> None:
     )
 
 
-def _look(plan: Plan, facts: Facts, output: str) -> None:
+def _look(
+    plan: Plan, facts: Facts, output: str, *, undone_only: bool = False
+) -> None:
     """Brings the plan to what the directory has.
 
     A file is taken that was written and not noted; a shard is undone whose
     file is missing or damaged.
+
+    Args:
+      plan: of the directory.
+      facts: of its table.
+      output: the directory.
+      undone_only: whether shards that are noted as done are believed to be.
     """
     for shard in plan.shards():
+        if undone_only and shard.done:
+            continue
         path = os.path.join(output, part_name(shard.number))
         try:
             size = os.path.getsize(path)
@@ -297,8 +307,13 @@ def _whole(path: str, facts: Facts, ids: list[str]) -> list[Row] | None:
 
 
 @contextlib.contextmanager
-def _explained(output: str, plan: Plan) -> Iterator[None]:
+def _explained(output: str, plan: Plan, facts: Facts) -> Iterator[None]:
     """Says how to go on where a run cannot.
+
+    Args:
+      output: the directory.
+      plan: of the directory.
+      facts: of its table.
 
     Raises:
       DatasetError: the directory cannot be written, as with a full disk.
@@ -306,6 +321,8 @@ def _explained(output: str, plan: Plan) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
+        # A file may have been written that was not noted.
+        _look(plan, facts, output, undone_only=True)
         total, done = plan.counts()
         logging.warning(
             "Stopped: %d of %d images are done in %s; the same command goes "

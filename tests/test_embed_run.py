@@ -147,7 +147,7 @@ def test_only_what_is_missing_is_done(run, tmp_path):
     out = tmp_path / "out"
     run(folder)
     before = contents(out)
-    assert counts(run(folder)) == (18, 0, 0, 0, 18)
+    assert counts(run(folder)) == (18, 2, 0, 0, 16)
     assert contents(out) == before
 
     pictures(folder, 3, first=18)
@@ -209,6 +209,28 @@ def test_a_shard_that_was_not_noted_is_taken(run, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_plan.Plan, "finish", finish)
     assert counts(run(folder)) == (18, 2, 0, 0, 16)
     assert {name: contents(out)[name] for name in before} == before
+
+
+def test_a_stop_counts_a_shard_that_was_not_noted(run, tmp_path, monkeypatch):
+    """A signal that comes between the rename and the note."""
+    folder = pictures(tmp_path / "in", 18)
+    finish = embed_plan.Plan.finish
+    said = []
+
+    def stopped(self, shard, **facts):
+        if shard.number == 1 and not said:
+            said.append("")
+            raise KeyboardInterrupt
+        finish(self, shard, **facts)
+
+    monkeypatch.setattr(embed_plan.Plan, "finish", stopped)
+    monkeypatch.setattr(
+        embed_run.logging, "warning", lambda text, *of: said.append(text % of)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    assert said[-1].startswith("Stopped: 16 of 18 images are done")
+    assert counts(run(folder)) == (18, 2, 0, 0, 16)
 
 
 def test_leftovers_of_a_killed_run_are_swept(run, tmp_path):
