@@ -52,6 +52,7 @@ class Embed(beam.PTransform):
       facts: see EncoderHandler.
       threads: of TensorFlow and of decoding in each process; None is as many
         as there are cores.
+      precision: see bit_tf.BitMedium2Vec.
       reader: options of bit_tf.items.Reader.
     """
 
@@ -65,11 +66,14 @@ class Embed(beam.PTransform):
         top: int | None = None,
         facts: Facts | None = None,
         threads: int | None = None,
+        precision: str = "float32",
         reader: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self._shard = shard
-        self._handler = EncoderHandler(model, preset, top, facts, threads)
+        self._handler = EncoderHandler(
+            model, preset, top, facts, threads, precision
+        )
         self._read = ReadAndDecode(
             self._handler, batch, threads, dict(reader or {})
         )
@@ -123,6 +127,7 @@ def build(
     float16: bool = False,
     top: int | None = None,
     threads: int | None = None,
+    precision: str = "float32",
     column: str | None = None,
     split: str | None = None,
     data_dir: str | None = None,
@@ -137,7 +142,7 @@ def build(
         PCollection of Items.
       output: a directory, of any file system that Beam knows. Items whose ids
         its tables have are left out.
-      model, preset, batch, threads: see Embed.
+      model, preset, batch, threads, precision: see Embed.
       shard: rows of a file, about, and at most a little more.
       float16: whether vectors are kept in half precision.
       top: how many classes a row names; None is five for a classifier, none
@@ -163,6 +168,7 @@ def build(
         float16=float16,
         top=top,
         threads=threads,
+        precision=precision,
         **reader,
     )
     bulk_output.check(plan.output, bulk_output.parts(plan.output), plan.facts)
@@ -194,6 +200,7 @@ class _Plan:
         float16: bool = False,
         top: int | None = None,
         threads: int | None = None,
+        precision: str = "float32",
         **reader,
     ) -> "_Plan":
         """Checks the arguments of `build` and loads the model."""
@@ -220,8 +227,9 @@ class _Plan:
         output = os.fsdecode(output)
         bulk_output.require_system(output)
         model = os.fsdecode(model)
-        facts = bulk_steps.load(model, preset, top).facts(float16=float16)
-        handler = EncoderHandler(model, preset, top, facts, threads)
+        encoder = bulk_steps.load(model, preset, top, precision=precision)
+        facts = encoder.facts(float16=float16)
+        handler = EncoderHandler(model, preset, top, facts, threads, precision)
         read = ReadAndDecode(handler, batch, threads, reader)
         return cls(output, facts, handler, read, shard)
 
@@ -289,8 +297,8 @@ def run(
       column, split, data_dir: see bit_tf.items.find.
       progress: whether stderr shows the shards that are written, if it is a
         terminal and the directory is on this machine.
-      **arguments: preset, batch, shard, float16, top, threads, and options of
-        bit_tf.items.Reader: see build.
+      **arguments: preset, batch, shard, float16, top, threads, precision, and
+        options of bit_tf.items.Reader: see build.
 
     Returns:
       What was done, by the runner's counters, or where it has none by the

@@ -116,6 +116,7 @@ class EncoderHandler(inference.ModelHandler):
       facts: what made the table; a worker that finds another model at the
         handle refuses. None takes what is there.
       threads: of TensorFlow; None leaves its default, all cores.
+      precision: see bit_tf.BitMedium2Vec.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class EncoderHandler(inference.ModelHandler):
         top: int | None = None,
         facts: Facts | None = None,
         threads: int | None = None,
+        precision: str = "float32",
     ):
         super().__init__()
         self._model = model
@@ -132,10 +134,16 @@ class EncoderHandler(inference.ModelHandler):
         self._top = top
         self._facts = facts
         self._threads = threads
+        self._precision = precision
 
     def load_model(self) -> Encoder:
         return load(
-            self._model, self._preset, self._top, self._facts, self._threads
+            self._model,
+            self._preset,
+            self._top,
+            self._facts,
+            self._threads,
+            self._precision,
         )
 
     def run_inference(
@@ -334,6 +342,7 @@ def load(
     top: int | None,
     facts: Facts | None = None,
     threads: int | None = None,
+    precision: str = "float32",
 ) -> Encoder:
     """This process' encoder, made once: see EncoderHandler.
 
@@ -342,13 +351,13 @@ def load(
       HandleError: there is no such model.
     """
     model = os.fsdecode(model)
-    key = (model, preset, top)
+    key = (model, preset, top, precision)
     with _lock:
         if key not in _encoders:
             if threads is not None:
                 _limit(threads)
             _encoders.clear()
-            _encoders[key] = Encoder(model, preset=preset, top=top)
+            _encoders[key] = Encoder(model, preset, top, precision)
         encoder = _encoders[key]
     if facts is not None:
         facts.require_same(

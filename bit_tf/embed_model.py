@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import bit_tf
-from bit_tf import errors, hub, images, labels, model_hash
+from bit_tf import conv_precision, errors, hub, images, labels, model_hash
 from bit_tf.checkpoints import tf_hub
 from bit_tf.embedding_table import Facts
 from bit_tf.presets import Preset
@@ -71,6 +71,7 @@ class Encoder:
       top: how many classes a picture gets, of a model that has both the
         signature image_feature_vector and image_classification; 0 is none,
         and None is 5 of such a model and 0 of others.
+      precision: see frozen_graph.freeze.
 
     Attributes:
       preset: the one that is used.
@@ -80,7 +81,7 @@ class Encoder:
     Raises:
       HandleError: there is no such model, or it has no classes and top is not
         0.
-      UnknownNameError: there is no such preset.
+      UnknownNameError: there is no such preset or precision.
       CheckpointFormatError: its card is damaged, and `preset` is None.
     """
 
@@ -89,8 +90,10 @@ class Encoder:
         model: str | os.PathLike[str],
         preset: str | Preset | None = None,
         top: int | None = 0,
+        precision: str = "float32",
     ):
         self._handle = os.fsdecode(model)
+        self._precision = conv_precision.require(precision)
         directory = hub.resolve(model)
         if preset is None:
             preset = tf_hub.recorded_preset(directory) or DEFAULT_PRESET
@@ -116,11 +119,11 @@ class Encoder:
         self._optimized = False
         self._labels: Sequence[labels.Label] = ()
         self._function, self.dim = hub.picture_function(
-            loaded, *_FEATURES, self._handle
+            loaded, *_FEATURES, self._handle, precision
         )
         if top:
             self._function, width = hub.picture_function(
-                _Joined(loaded), "", "", self._handle
+                _Joined(loaded), "", "", self._handle, precision
             )
             self._labels = _class_labels(
                 directory, width - self.dim, self._handle
@@ -141,6 +144,7 @@ class Encoder:
             dim=self.dim,
             float16=float16,
             top=self.top,
+            precision=self._precision,
         )
 
     def prepare(self, data: bytes, sha256: str | None = None) -> Prepared:

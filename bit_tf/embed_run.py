@@ -56,6 +56,7 @@ def run(
     shard: int = 1024,
     float16: bool = False,
     top: int | None = None,
+    precision: str = "float32",
     retry_errors: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -82,6 +83,7 @@ def run(
       float16: whether vectors are kept in half precision.
       top: classes of each picture, of a classifier; 0 is none, None is 5 of a
         classifier and 0 of another model.
+      precision: see bit_tf.BitMedium2Vec.
       retry_errors: whether rows with an error are done again.
       overwrite: whether all that the directory has is made anew; it is
         removed once the sources are listed.
@@ -97,7 +99,7 @@ def run(
         with vectors of another model, preset or type; a full disk.
       HandleError: there is no such model, or it has no classes and top is not
         0.
-      UnknownNameError: there is no such preset.
+      UnknownNameError: there is no such preset or precision.
       MissingExtraError: pyarrow is not installed.
     """
     start = time.monotonic()
@@ -119,7 +121,7 @@ def run(
     os.makedirs(output, exist_ok=True)
     with files.locked(os.path.join(output, _LOCK), f"embeds into {output}"):
         _require_ours(output, overwrite)
-        encoder = Encoder(model, preset, top)
+        encoder = Encoder(model, preset, top, precision)
         facts = encoder.facts(float16)
         _sweep(output)
         path = os.path.join(output, FILE_NAME)

@@ -81,6 +81,7 @@ class Facts:
       dim: d, the length of a vector.
       float16: whether vectors are kept in half precision.
       top: how many classes a picture has in `names`; 0 is no such columns.
+      precision: that the model multiplied in, of conv_precision.PRECISIONS.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Facts:
     dim: int
     float16: bool = False
     top: int = 0
+    precision: str = "float32"
 
     def schema(self):
         """The pyarrow.Schema of a table with these facts.
@@ -107,6 +109,7 @@ class Facts:
                 "version": self.version,
                 "dim": str(self.dim),
                 "top": str(self.top),
+                "precision": self.precision,
             },
             float16=self.float16,
             classes=self.top > 0,
@@ -140,6 +143,7 @@ class Facts:
                 dim=int(text["dim"]),
                 float16="halffloat" in kind,
                 top=int(metadata.get(b"top", b"0")),
+                precision=metadata.get(b"precision", b"float32").decode(),
             )
             if facts.dim < 1:
                 raise ValueError(f"dim {facts.dim}")
@@ -195,6 +199,7 @@ class Facts:
             "preset": (preset, f"({shown})"),
             "d": (self.dim, str(self.dim)),
             "type": (kind, kind),
+            "precision": (self.precision, self.precision),
             "classes": (self.top, str(self.top)),
         }
 

@@ -94,8 +94,9 @@ class _Builder:
         number = len(self._graph.node)
         name = f"fast_norms_{number}"
         while name in self._nodes:
-            name = f"_{name}"
+            name += "_"
         node = self._graph.node.add(name=name, op=op, input=inputs)
+        self._nodes[name] = node
         node.attr["T"].type = tf.float32.as_datatype_enum
         for key, value in attributes.items():
             node.attr[key].i = value
@@ -131,10 +132,11 @@ class _Builder:
 
     def mean_square(self, x: str) -> str:
         """E[x²] of every channel, [n, 1, 1, c]."""
-        # Rows before columns, as the mean is taken: rounding errors then grow
-        # with the height plus the width.
-        norm = self.reduced("EuclideanNorm", x, [1])
-        norm = self.reduced("EuclideanNorm", norm, [2])
+        # Every row by itself first, as the mean is taken: rounding errors then
+        # grow with the height plus the width, and neighbours in memory are
+        # read one after the other.
+        norm = self.reduced("EuclideanNorm", x, [2])
+        norm = self.reduced("EuclideanNorm", norm, [1])
         sides = self.node(
             "StridedSlice",
             [self._shape(x), *map(self.constant, ([1], [3], [1]))],
@@ -205,12 +207,14 @@ def _variance(node: Any, nodes: dict[str, Any]) -> tuple[str, str, str] | None:
 
     def mean(name: str) -> str | None:
         """What a mean over rows and columns is taken of."""
-        for axis in (2, 1):
+        axes = []
+        for _ in range(2):
             found = inputs(name, "Mean")
-            if found is None or _value(nodes.get(_output(found[1]))) != axis:
+            if found is None:
                 return None
             name = found[0]
-        return name
+            axes.append(_value(nodes.get(_output(found[1]))))
+        return name if sorted(axes, key=str) == [1, 2] else None
 
     difference = node.input[0]
     if _value(nodes.get(_output(node.input[1]))) != 0:

@@ -20,7 +20,7 @@ from tensorflow.python.eager import context
 from tensorflow.python.framework import op_def_registry
 from tensorflow.python.grappler import tf_optimizer
 
-from bit_tf import fast_norms
+from bit_tf import conv_precision, fast_norms
 
 __all__ = ["freeze"]
 
@@ -30,6 +30,9 @@ _CONSTANT = 2**16
 # Bytes of variables whose share of the graph is computed at once: what comes
 # between takes memory, too.
 _AT_ONCE = 2**28
+# Bytes of kernels in bfloat16 that are constants, too: TensorFlow has several
+# copies of a graph.
+_KERNELS = 2**28
 # These move values between branches, and between a loop's iterations.
 _CONTROL_FLOW = frozenset(
     {
@@ -39,7 +42,9 @@ _CONTROL_FLOW = frozenset(
 )
 
 
-def freeze(function: Any) -> Callable[[tf.Tensor], tf.Tensor]:
+def freeze(
+    function: Any, precision: str = "float32"
+) -> Callable[[tf.Tensor], tf.Tensor]:
     """Computes what depends on the weights alone, once.
 
     A variable's later values are not seen, unless the function itself changes
@@ -48,34 +53,47 @@ def freeze(function: Any) -> Callable[[tf.Tensor], tf.Tensor]:
     Args:
       function: a tf.types.experimental.ConcreteFunction that takes and returns
         one tensor.
+      precision: "bfloat16" has convolutions multiply bfloat16.
 
     Returns:
       A callable with the same values. It keeps no variables but those that the
       function changes.
+
+    Raises:
+      UnknownNameError: there is no such precision.
     """
-    return _Frozen(function)
+    return _Frozen(function, conv_precision.require(precision))
 
 
 class _Frozen:
     """What `freeze` returns."""
 
-    def __init__(self, function: Any):
+    def __init__(self, function: Any, precision: str):
         graph = _Graph(function)
-        self._left, self._result, self._captures = graph.rest(graph.computed())
+        left, result, captures = graph.rest(graph.computed())
+        self._result = result
         self._argument = graph.argument
         (argument,) = graph.arguments
         self._spec = tf.TensorSpec(argument.shape, argument.dtype)
         # Tables and the like live as long as the function that brought them.
-        self._owner = function if graph.needs(self._captures) else None
+        self._owner = function if graph.needs(captures) else None
+        # oneDNN orders a convolution's kernel anew in every call, unless it is
+        # a constant: a quarter of the time of one picture in bfloat16.
+        self._constants: set[str] = set()
+        if precision == "bfloat16":
+            left, captures = conv_precision.in_bfloat16(left, captures)
+            self._constants = _kernels(captures)
+        self._captures = captures
+        self._left = left
         self._building = threading.Lock()
         self._exact = self._fast = None
         fast = None
         if graph.is_pure():
-            fast = fast_norms.rewritten(self._left, self._result)
+            fast = fast_norms.rewritten(left, result)
         if fast is None:
-            self._exact = self._function(self._left, [self._result])
+            self._exact = self._function(left, [result])
         else:
-            self._fast = self._function(fast[0], [self._result, fast[1]])
+            self._fast = self._function(fast[0], [result, fast[1]])
 
     def __call__(self, tensor: tf.Tensor) -> tf.Tensor:
         if self._fast is not None and not tf.is_symbolic_tensor(tensor):
@@ -92,12 +110,17 @@ class _Frozen:
 
     def _function(self, graph: Any, outputs: list[str]) -> Any:
         """A part of the graph, as a function."""
+        if self._constants:
+            graph = _with_constants(
+                graph, {name: self._captures[name] for name in self._constants}
+            )
 
         def call(tensor):
             here = tf.compat.v1.get_default_graph()
             feeds = {
                 name: here.capture(value)
                 for name, value in self._captures.items()
+                if name not in self._constants
             }
             feeds[self._argument] = tensor
             return tf.graph_util.import_graph_def(
@@ -442,7 +465,7 @@ class _Graph:
         """A name that no node has."""
         name = f"computed_{number}"
         while name in self._nodes:
-            name = f"_{name}"
+            name += "_"
         return name
 
 
@@ -489,3 +512,34 @@ def _is_small(value: tf.Tensor) -> bool:
     return value.dtype.is_numpy_compatible and (
         value.dtype.size * value.shape.num_elements() <= _CONSTANT
     )
+
+
+def _kernels(captures: dict[str, tf.Tensor]) -> set[str]:
+    """The names of those in bfloat16, unless they are too many."""
+    found = {
+        name: value.dtype.size * value.shape.num_elements()
+        for name, value in captures.items()
+        if value.dtype == tf.bfloat16
+    }
+    return set(found) if sum(found.values()) <= _KERNELS else set()
+
+
+def _with_constants(graph: Any, values: dict[str, tf.Tensor]) -> Any:
+    """A graph with constants in the place of some placeholders.
+
+    Args:
+      graph: a GraphDef.
+      values: by the names of the placeholders' outputs.
+    """
+    found = tf.compat.v1.GraphDef()
+    found.CopyFrom(graph)
+    for node in found.node:
+        value = values.get(f"{node.name}:0")
+        if value is not None:
+            node.op = "Const"
+            node.attr.clear()
+            node.attr["dtype"].type = value.dtype.as_datatype_enum
+            node.attr["value"].tensor.CopyFrom(
+                tf.make_tensor_proto(value.numpy())
+            )
+    return found

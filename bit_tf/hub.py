@@ -459,7 +459,13 @@ def load(
         ) from error
 
 
-def picture_function(model, signature: str, output: str, handle: str):
+def picture_function(
+    model,
+    signature: str,
+    output: str,
+    handle: str,
+    precision: str = "float32",
+):
     """A fast function of one SavedModel output, with the weights frozen.
 
     Args:
@@ -467,12 +473,14 @@ def picture_function(model, signature: str, output: str, handle: str):
       signature: the signature to use where the model has it; else `__call__`.
       output: that signature's output.
       handle: named in errors.
+      precision: see frozen_graph.freeze.
 
     Returns:
       (function, d): float32 [n, h, w, 3] in [0, 1] → float32 [n, d].
 
     Raises:
       HandleError: the model does not return one vector a picture.
+      UnknownNameError: there is no such precision.
     """
     import tensorflow as tf
 
@@ -512,7 +520,7 @@ def picture_function(model, signature: str, output: str, handle: str):
             "A model of pictures returns one vector a picture, [n, d]. "
             f"Received from {handle!r}: {result}."
         )
-    function = frozen_graph.freeze(concrete)
+    function = frozen_graph.freeze(concrete, precision)
     width = shape[-1] or function(tf.zeros([1, 64, 64, 3])).shape[-1]
     return function, int(width)
 

@@ -314,6 +314,7 @@ def refused(run, output, message, **arguments):
 
 def test_vectors_of_another_type_are_refused(run, copied):
     refused(run, copied, "float16", float16=True)
+    refused(run, copied, "precision bfloat16", precision="bfloat16")
 
 
 @pytest.mark.slow

@@ -78,11 +78,14 @@ def test_a_directory(embedded, folder, tmp_path):
     assert embedded(folder, "--output", out)[0] == 0
     assert embedded(folder, "--output", out, "--retry-errors")[0] == 1
     code, _, stderr = embedded(
-        folder, "--output", out, "--overwrite", "--float16"
+        *(folder, "--output", out, "--overwrite"),
+        *("--float16", "--precision", "bfloat16"),
     )
     assert code == 1
     assert "7 images: 6 encoded" in stderr
-    assert embedding_table.read_facts(out).float16
+    facts = embedding_table.read_facts(out)
+    assert facts.float16
+    assert facts.precision == "bfloat16"
 
 
 def test_another_preset_is_refused(call, model, embedded, folder, tmp_path):

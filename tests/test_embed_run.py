@@ -311,8 +311,9 @@ def test_errors_are_done_again_on_request(run, tmp_path):
     [
         ({"preset": "big_transfer eval 128"}, "big_transfer eval 128"),
         ({"float16": True}, "float16"),
+        ({"precision": "bfloat16"}, "bfloat16"),
     ],
-    ids=["preset", "type"],
+    ids=["preset", "type", "precision"],
 )
 def test_another_way_is_refused(change, named, run, tmp_path):
     folder = pictures(tmp_path / "in", 2)

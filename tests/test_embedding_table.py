@@ -84,7 +84,10 @@ def test_a_flipped_bit_is_noticed(tmp_path):
 @pytest.mark.parametrize("top", [0, 2])
 @pytest.mark.parametrize("count", [0, 1, 5, 600])
 def test_what_is_written_is_read(float16, top, count, tmp_path):
-    facts = dataclasses.replace(FACTS, float16=float16, top=top)
+    precision = "bfloat16" if top else "float32"
+    facts = dataclasses.replace(
+        FACTS, float16=float16, top=top, precision=precision
+    )
     expected = rows(facts, count)
     path = tmp_path / "part-00000.parquet"
     embedding_table.write(path, iter(expected), facts)
@@ -196,8 +199,9 @@ def test_shards_that_differ(tmp_path):
         ({"dim": 7}, "d 6"),
         ({"float16": True}, "float16"),
         ({"top": 5}, "classes"),
+        ({"precision": "bfloat16"}, "precision float32.*precision bfloat16"),
     ],
-    ids=["model", "preset", "dim", "float16", "top"],
+    ids=["model", "preset", "dim", "float16", "top", "precision"],
 )
 def test_other_facts_are_refused(change, named):
     other = dataclasses.replace(FACTS, **change)

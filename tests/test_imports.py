@@ -24,7 +24,7 @@ LAYERS = """
     bit_tf/checkpoints/*
     bit_tf/integrity bit_tf/hub_cache bit_tf/hub_install bit_tf/hub_fetch
         bit_tf/addresses bit_tf/relocation bit_tf/model_hash
-        bit_tf/fast_norms bit_tf/frozen_graph bit_tf/hub
+        bit_tf/conv_precision bit_tf/fast_norms bit_tf/frozen_graph bit_tf/hub
     bit_tf/layer_source bit_tf/distributed_call bit_tf/saved_model_variables
         bit_tf/keras_layer
     bit_tf/published

@@ -169,6 +169,7 @@ def _stats(args) -> int:
         ("model hash", facts.model_hash),
         ("preset", facts.preset.name),
         ("vectors", f"{facts.dim} × float{16 if facts.float16 else 32}"),
+        ("precision", f"{facts.precision} in convolutions"),
         ("classes", facts.top),
         ("version", f"bit-tf {facts.version}"),
     ):

@@ -104,7 +104,9 @@ def _embed(data: bytes, opened, args):
     from bit_tf import embed_model
 
     facts = opened.facts
-    encoder = embed_model.Encoder(args.model or facts.model, facts.preset)
+    encoder = embed_model.Encoder(
+        args.model or facts.model, facts.preset, precision=facts.precision
+    )
     found = encoder.facts().model_hash
     if found != facts.model_hash:
         raise errors.DatasetError(
