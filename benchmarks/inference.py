@@ -78,9 +78,40 @@ def measure(
                 )
             rows.append(row)
         found["tables"][f"batch {batch}, {side} × {side}"] = rows
+    found["tables"]["bfloat16, vectors of the demo's 360 digits"] = [
+        _bfloat16_error(folder / "digits")
+    ]
     found["not_installed"] = peers.missing()
     found["peak_bytes"] = memory.peak_bytes(os.getpid())
     return found
+
+
+def _bfloat16_error(path: pathlib.Path) -> dict[str, float]:
+    """Of trained weights, which do not magnify it as random ones do.
+
+    Args:
+      path: a new one, for the demo's model.
+    """
+    from bit_tf import hub
+    from hub_export import digits, saved_model
+
+    saved_model.convert(str(digits.DATA / digits.CHECKPOINT), path, head=False)
+    pictures, _ = digits.held_out()
+    full, half = (
+        hub.picture_function(
+            hub.load(path), "", "", str(path), precision=precision
+        )[0](pictures).numpy()
+        for precision in ("float32", "bfloat16")
+    )
+    lengths = np.linalg.norm(full, axis=1)
+    cosine = (full * half).sum(1) / lengths / np.linalg.norm(half, axis=1)
+    relative = np.linalg.norm(full - half, axis=1) / lengths
+    return {
+        "least cosine": float(cosine.min()),
+        "median cosine": float(np.median(cosine)),
+        "median relative error": float(np.median(relative)),
+        "largest relative error": float(relative.max()),
+    }
 
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:

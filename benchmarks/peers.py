@@ -110,6 +110,7 @@ def peers(files: Files, compiled: bool = True) -> list[Peer]:
         Peer("bit_tf bulk", _bulk(files)),
         Peer("bit_tf __call__", _saved_model(files.ours)),
         Peer("bit_tf Keras model", _keras(files)),
+        Peer("bit_tf encode bfloat16", _encode(files, "bfloat16"), "bfloat16"),
         Peer("TF2-style baseline", _saved_model(files.baseline)),
         Peer(
             "convolutions and ReLU alone",
@@ -147,11 +148,11 @@ def peers(files: Files, compiled: bool = True) -> list[Peer]:
     return found
 
 
-def _encode(files: Files):
+def _encode(files: Files, precision: str = "float32"):
     def start(batch: int, height: int, width: int) -> Call:
         import bit_tf
 
-        encoder = bit_tf.BitMedium2Vec(model_url=str(files.ours))
+        encoder = bit_tf.BitMedium2Vec(str(files.ours), precision=precision)
         return lambda pictures: np.array(encoder.bulk_encode(list(pictures)))
 
     return start

@@ -81,6 +81,7 @@ def measure(
         {name: (lambda name=name: run(name)) for name in programs},
         rounds,
         warm=1,
+        again=0,
     )
     ours = "bit_tf.BitMedium2Vec"
     rows = [

@@ -37,6 +37,7 @@ def in_turns(
     rounds: int,
     warm: int = 2,
     pause: float = 0.05,
+    again: int = 1,
 ) -> dict[str, list[float]]:
     """Seconds of every call, round by round, all of them in every round.
 
@@ -44,8 +45,10 @@ def in_turns(
       calls: name → what is timed.
       rounds: how often.
       warm: calls of each before, not timed.
-      pause: seconds between calls, in which the threads of one library that
+      pause: seconds between ways, in which the threads of one library that
         wait busily for work fall asleep.
+      again: calls in every turn that come first and are not timed: they bring
+        back what others drove from the caches.
     """
     for call in calls.values():
         for _ in range(warm):
@@ -57,6 +60,8 @@ def in_turns(
         at = number % len(names)
         for name in names[at:] + names[:at]:
             time.sleep(pause)
+            for _ in range(again):
+                calls[name]()
             start = time.perf_counter()
             calls[name]()
             found[name].append(time.perf_counter() - start)

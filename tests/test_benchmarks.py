@@ -95,7 +95,7 @@ def test_everybody_has_a_turn_in_every_round():
         warm=1,
         pause=0,
     )
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert "".join(calls) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"
     assert [len(seconds) for seconds in times.values()] == [3, 3, 3]
 
 

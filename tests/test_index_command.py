@@ -121,6 +121,34 @@ def test_search(call, folder, monkeypatch, tmp_path, query):
     assert page.read_text().count("data:image/jpeg;base64") == 5
 
 
+def test_a_query_is_as_precise_as_the_index(
+    call, folder, small_export, tmp_path
+):
+    encoder = embed_model.Encoder(small_export, "tfhub", precision="bfloat16")
+    source = folder / "photo5.png"
+    prepared = encoder.prepare(source.read_bytes())
+    (encoded,) = encoder.encode([prepared])
+    row = Row("a", str(source), prepared.sha256, 45, 40, encoded.embedding)
+    (tmp_path / "vectors").mkdir()
+    embedding_table.write(
+        tmp_path / "vectors" / "part-0.parquet", [row], encoder.facts()
+    )
+    target = tmp_path / "index"
+    code, out, _ = call(
+        *("bit-tf", "index", "build", tmp_path / "vectors"),
+        *("--index", target),
+    )
+    assert code == 0
+    assert (
+        "bfloat16 in convolutions"
+        in call("bit-tf", "index", "stats", "--index", target)[1]
+    )
+    _, out, _ = call("bit-tf", "search", source, "--index", target, "--json")
+    (hit,) = lines(out)
+    # Of a float32 query it would be less by 1e-5.
+    assert hit["score"] == pytest.approx(1, abs=1e-6)
+
+
 def test_search_prints_names_and_filters(call, folder):
     code, out, _ = call(
         *("bit-tf", "search", "id:picture 3", "--index", folder / "index"),
