@@ -85,7 +85,10 @@ def in_bfloat16(
         node.input[0] = cast(picture, _HALF)
         owner = nodes[_source(kernel)]
         captured = kept.get(f"{owner.name}:0")
-        if owner.op == "Placeholder" and captured is not None:
+        if captured is not None and all(
+            user.op == "Conv2D" and _source(user.input[0]) != owner.name
+            for user in users[owner.name]
+        ):
             if captured.dtype == tf.float32:
                 kept[f"{owner.name}:0"] = tf.cast(captured, tf.bfloat16)
                 owner.attr["dtype"].type = _HALF

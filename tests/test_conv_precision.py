@@ -102,6 +102,22 @@ def test_a_kernel_that_is_computed_from_the_picture():
     assert 0 < helpers.relative_error(frozen(x), concrete(x)) < 0.01
 
 
+def test_a_kernel_that_others_use_too():
+    """It stays float32 for them."""
+    kernel = tf.Variable(tf.random.stateless_normal([3, 3, 64, 64], [0, 1]))
+
+    def call(x):
+        x = tf.tile(x, [1, 1, 1, 22])[..., :64]
+        y = tf.nn.conv2d(x, kernel, 1, "SAME")
+        return tf.nn.conv2d_transpose(y, kernel, tf.shape(x), 1)
+
+    spec = tf.TensorSpec([None, None, None, 3], tf.float32)
+    concrete = tf.function(call).get_concrete_function(spec)
+    frozen = frozen_graph.freeze(concrete, "bfloat16")
+    x = tf.random.stateless_normal([2, 5, 4, 3], [1, 1])
+    assert 0 < helpers.relative_error(frozen(x), concrete(x)) < 0.01
+
+
 def test_an_unknown_precision(trained):
     for call in (
         lambda: bit_tf.BitMedium2Vec(trained, precision="half"),
