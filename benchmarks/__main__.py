@@ -3,10 +3,12 @@
     inference   pictures to features, against every peer that is installed
     training    a step of fine-tuning, against transformers in torch
     startup     seconds from the start of Python to the first vector
+    embed       a folder of JPEGs to vectors, and its parts alone
+    export      time and memory of making a SavedModel, by architecture
     scaling     how time grows with pixels and with the batch
     gpu         features and training on a GPU: the Keras model on JAX against
                 torch; says so where there is none
-    all         these five
+    all         these seven
 
 Peers come with `pip install -c constraints.txt 'bit-tf[bench]'`; those that are
 not installed are named and left out. Every table is printed as markdown, and
@@ -23,7 +25,10 @@ import pathlib
 import sys
 import tempfile
 
-NAMES = ("inference", "training", "startup", "scaling", "gpu")
+NAMES = (
+    *("inference", "training", "startup", "embed", "export", "scaling"),
+    "gpu",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,12 +50,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(name: str, quick: bool, output: pathlib.Path | None) -> None:
     """Runs one benchmark, and prints and writes what it found."""
-    from benchmarks import gpu, inference, scaling, startup, timing, training
+    from benchmarks import (
+        embed,
+        export,
+        gpu,
+        inference,
+        scaling,
+        startup,
+        timing,
+        training,
+    )
 
     measure = {
         "inference": inference.measure,
         "training": training.measure,
         "startup": startup.measure,
+        "embed": embed.measure,
+        "export": export.measure,
         "scaling": scaling.measure,
         "gpu": gpu.measure,
     }[name]
@@ -76,6 +92,8 @@ def run(name: str, quick: bool, output: pathlib.Path | None) -> None:
                 "batches": (1, 2),
                 "rounds": 1,
             },
+            "embed": {"architecture": "testing", "images": 8, "side": 32},
+            "export": {"architectures": ("testing",)},
             "gpu": {},
         }[name]
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import memory, processes
+from benchmarks import memory, processes, timing
 from bit_tf import errors, presets, variants
 
 __all__ = [
@@ -45,6 +45,8 @@ __all__ = [
     "make_model",
     "make_pictures",
     "make_stubs",
+    "measure",
+    "speed",
     "together",
 ]
 
@@ -252,21 +254,40 @@ def _by_tf_data(
         yield picture.numpy()
 
 
-def _speed(args, where: pathlib.Path) -> dict[str, Any]:
+def speed(
+    where: pathlib.Path,
+    architecture: str = "R50x1",
+    images: int = 2000,
+    side: int = 224,
+    batch: int = 8,
+    shard: int = 1024,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The wall time of the whole, and the CPU seconds of its parts.
+
+    Args:
+      where: an empty folder, for pictures, model and vectors.
+      architecture: a name of variants.
+      images: how many pictures.
+      side: that they are resized to, in pixels.
+      batch: pictures of a batch.
+      shard: rows of a file.
+      seed: of the pictures.
+    """
     model, folder = where / "model", where / "pictures"
-    processes.fresh(make_model, model, args.architecture)
-    make_pictures(folder, args.images, args.seed)
+    processes.fresh(make_model, model, architecture)
+    make_pictures(folder, images, seed)
     decoding, encoding = processes.fresh(
-        alone, str(folder), str(model), args.side, args.batch
+        alone, str(folder), str(model), side, batch
     )
     found = processes.fresh(
         together,
         [str(folder)],
         str(where / "out"),
         str(model),
-        args.side,
-        args.batch,
-        args.shard,
+        side,
+        batch,
+        shard,
     )
     cores = os.cpu_count() or 1
     ideal = (decoding + encoding) / cores
@@ -278,6 +299,42 @@ def _speed(args, where: pathlib.Path) -> dict[str, Any]:
         "ratio": found["seconds"] / ideal,
         "engine_ratio": found["engine_seconds"] / ideal,
     }
+
+
+def measure(folder: pathlib.Path, **options: Any) -> dict[str, Any]:
+    """What `speed` found, as tables."""
+    found = speed(folder, **options)
+    return {
+        "machine": timing.machine(),
+        "tables": {
+            "JPEGs to vectors": [
+                {
+                    "images": found["images"],
+                    "seconds": found["seconds"],
+                    "CPU seconds of decoding, alone": found[
+                        "decode_cpu_seconds"
+                    ],
+                    "CPU seconds of the model, alone": found[
+                        "model_cpu_seconds"
+                    ],
+                    "seconds / (both / cores)": found["ratio"],
+                    "peak bytes": found["peak_bytes"],
+                }
+            ]
+        },
+    }
+
+
+def _speed(args, where: pathlib.Path) -> dict[str, Any]:
+    return speed(
+        where,
+        args.architecture,
+        args.images,
+        args.side,
+        args.batch,
+        args.shard,
+        args.seed,
+    )
 
 
 def _memory(args, where: pathlib.Path) -> dict[str, Any]:
@@ -326,11 +383,11 @@ def main(argv: list[str] | None = None) -> int:
         "--stubs", type=int, nargs="+", default=list(_STUBS), metavar="N"
     )
     args = parser.parse_args(argv)
-    measure = _speed
+    run = _speed
     if args.memory or args.decoding:
-        measure = _memory if args.memory else _decoding
+        run = _memory if args.memory else _decoding
     with tempfile.TemporaryDirectory() as where:
-        found = measure(args, pathlib.Path(where))
+        found = run(args, pathlib.Path(where))
     print(json.dumps(found, indent=2))
     return 1 if found.get("errors") else 0
 

@@ -155,6 +155,26 @@ def test_startup_quick(tmp_path):
     assert bare["ours takes … × as long"] > 0
 
 
+@pytest.mark.slow
+def test_embed_quick(tmp_path):
+    assert command.main(["embed", "--quick", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "embed.json").read_text())
+    ((row,),) = found["tables"].values()
+    assert row["images"] == 8
+    assert row["seconds / (both / cores)"] > 0
+
+
+@pytest.mark.slow
+def test_export_quick(tmp_path):
+    assert command.main(["export", "--quick", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "export.json").read_text())
+    ((row,),) = found["tables"].values()
+    assert (row["architecture"], row["features"]) == ("testing", 1024)
+    assert row["seconds"] > 0
+    assert 0.1 < row["peak GB, convert"] < 10
+    assert 0.1 < row["peak GB, verify"] < 10
+
+
 def test_the_convolution_has_as_many_bytes(tmp_path):
     startup.save_convolution(tmp_path / "model", 1_000_000)
     size = sum(

@@ -25,6 +25,8 @@ def normalization(epsilon=1e-5):
     function = tf.function(lambda x: layer(x)).get_concrete_function(spec)
 
     def expected(x):
+        # A function does not keep the layer's variables; this one does.
+        gamma, beta = map(np.asarray, (layer.gamma, layer.beta))
         return reference.group_norm(x.astype(np.float64), gamma, beta, epsilon)
 
     return function, expected
