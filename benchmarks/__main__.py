@@ -5,10 +5,11 @@
     startup     seconds from the start of Python to the first vector
     embed       a folder of JPEGs to vectors, and its parts alone
     export      time and memory of making a SavedModel, by architecture
+    settings    what TensorFlow's settings do to it
     scaling     how time grows with pixels and with the batch
     gpu         features and training on a GPU: the Keras model on JAX against
                 torch; says so where there is none
-    all         these seven
+    all         these eight
 
 Peers come with `pip install -c constraints.txt 'bit-tf[bench]'`; those that are
 not installed are named and left out. Every table is printed as markdown, and
@@ -26,8 +27,8 @@ import sys
 import tempfile
 
 NAMES = (
-    *("inference", "training", "startup", "embed", "export", "scaling"),
-    "gpu",
+    *("inference", "training", "startup", "embed", "export"),
+    *("settings", "scaling", "gpu"),
 )
 
 
@@ -56,6 +57,7 @@ def run(name: str, quick: bool, output: pathlib.Path | None) -> None:
         gpu,
         inference,
         scaling,
+        settings,
         startup,
         timing,
         training,
@@ -67,6 +69,7 @@ def run(name: str, quick: bool, output: pathlib.Path | None) -> None:
         "startup": startup.measure,
         "embed": embed.measure,
         "export": export.measure,
+        "settings": settings.measure,
         "scaling": scaling.measure,
         "gpu": gpu.measure,
     }[name]
@@ -94,6 +97,11 @@ def run(name: str, quick: bool, output: pathlib.Path | None) -> None:
             },
             "embed": {"architecture": "testing", "images": 8, "side": 32},
             "export": {"architectures": ("testing",)},
+            "settings": {
+                "architecture": "testing",
+                "batches": (1,),
+                "turns": 1,
+            },
             "gpu": {},
         }[name]
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,15 @@ import reference
 import tensorflow as tf
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, peers, plain_graphs, processes, startup, timing
+from benchmarks import (
+    gpu,
+    peers,
+    plain_graphs,
+    processes,
+    settings,
+    startup,
+    timing,
+)
 from bit_tf import variants
 
 
@@ -173,6 +181,15 @@ def test_export_quick(tmp_path):
     assert row["seconds"] > 0
     assert 0.1 < row["peak GB, convert"] < 10
     assert 0.1 < row["peak GB, verify"] < 10
+
+
+@pytest.mark.slow
+def test_settings_quick(tmp_path):
+    assert command.main(["settings", "--quick", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "settings.json").read_text())
+    (rows,) = found["tables"].values()
+    assert [row[""] for row in rows] == list(settings.SETTINGS)
+    assert rows[0]["× as fast as it is"] == 1
 
 
 def test_the_convolution_has_as_many_bytes(tmp_path):
