@@ -22,16 +22,15 @@ __all__ = ["SETTINGS", "measure"]
 
 _SIDE = 224
 _ROUNDS = 15
-# Name → environment; threads within an operation, and of operations, or None.
-SETTINGS: dict[str, tuple[dict[str, str], int | None, int | None]] = {
-    "as it is": ({}, None, None),
-    "without oneDNN": ({"TF_ENABLE_ONEDNN_OPTS": "0"}, None, None),
-    "one operation at a time": ({}, None, 1),
-    "one thread an operation": ({}, 1, None),
-    "twice as many threads as cores": ({}, 2 * (os.cpu_count() or 1), None),
+# Name → environment, and threads within an operation or None. Operations are
+# started one after the other whatever is set.
+SETTINGS: dict[str, tuple[dict[str, str], int | None]] = {
+    "as it is": ({}, None),
+    "without oneDNN": ({"TF_ENABLE_ONEDNN_OPTS": "0"}, None),
+    "one thread an operation": ({}, 1),
+    "twice as many threads as cores": ({}, 2 * (os.cpu_count() or 1)),
     "memory in large pages": (
         {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
-        None,
         None,
     ),
 }
@@ -54,12 +53,10 @@ def measure(
     files = peers.make_files(folder, architecture)
     found: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
     for _ in range(turns):
-        for name, (environment, intra, inter) in SETTINGS.items():
+        for name, (environment, threads) in SETTINGS.items():
             with mock.patch.dict(os.environ, environment):
                 found[name].append(
-                    processes.fresh(
-                        _seconds, str(files.ours), batches, intra, inter
-                    )
+                    processes.fresh(_seconds, str(files.ours), batches, threads)
                 )
     tables = {}
     for index, batch in enumerate(batches):
@@ -81,18 +78,15 @@ def measure(
 def _seconds(
     model: str,
     batches: tuple[int, ...],
-    intra: int | None,
-    inter: int | None,
+    threads: int | None,
 ) -> list[float]:
     """Medians of this process, which has not started TensorFlow."""
     import tensorflow as tf
 
     import bit_tf
 
-    if intra is not None:
-        tf.config.threading.set_intra_op_parallelism_threads(intra)
-    if inter is not None:
-        tf.config.threading.set_inter_op_parallelism_threads(inter)
+    if threads is not None:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
     encoder = bit_tf.BitMedium2Vec(model)
     rng = np.random.default_rng(0)
     found = []

@@ -40,16 +40,18 @@ def require(precision: str) -> str:
 
 
 def in_bfloat16(
-    graph: Any, captures: Mapping[str, tf.Tensor]
-) -> tuple[Any, dict[str, tf.Tensor]]:
+    graph: Any, output: str, captures: Mapping[str, tf.Tensor]
+) -> tuple[Any, str, dict[str, tf.Tensor]]:
     """A graph whose float32 convolutions multiply bfloat16.
 
     Args:
       graph: a GraphDef.
+      output: the name of its output.
       captures: what its placeholders stand for, by their outputs' names.
 
     Returns:
-      The GraphDef, and what its placeholders stand for: kernels are bfloat16.
+      The GraphDef; the name of its output, of the same type; and what its
+      placeholders stand for: kernels are bfloat16.
     """
     _warn_if_slow()
     found = tf.compat.v1.GraphDef()
@@ -96,11 +98,13 @@ def in_bfloat16(
             node.input[1] = cast(kernel, _HALF)
         node.attr["T"].type = _HALF
         back = cast(node.name, _FULL)
+        if _source(output) == node.name:
+            output = f"{back}:0"
         for user in users.get(node.name, ()):
             for index, text in enumerate(user.input):
                 if _source(text) == node.name and not text.startswith("^"):
                     user.input[index] = back
-    return found, kept
+    return found, output, kept
 
 
 @functools.cache

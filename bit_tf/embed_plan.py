@@ -308,10 +308,9 @@ class Plan:
     @contextlib.contextmanager
     def _transaction(self):
         with self._lock:
-            with self._checked():
-                self._database.execute("BEGIN IMMEDIATE")
             try:
                 with self._checked():
+                    self._database.execute("BEGIN IMMEDIATE")
                     yield self._database.execute
                     self._database.execute("COMMIT")
             except BaseException:

@@ -96,7 +96,7 @@ def run(
 
     Raises:
       DatasetError: sources that are none; a directory with other things, or
-        with vectors of another model, preset or type; a full disk.
+        with vectors of another model, preset, type or precision; a full disk.
       HandleError: there is no such model, or it has no classes and top is not
         0.
       UnknownNameError: there is no such preset or precision.
@@ -324,7 +324,8 @@ def _explained(output: str, plan: Plan, facts: Facts) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         # A file may have been written that was not noted.
-        _look(plan, facts, output, undone_only=True)
+        with contextlib.suppress(DatasetError, OSError):
+            _look(plan, facts, output, undone_only=True)
         total, done = plan.counts()
         logging.warning(
             "Stopped: %d of %d images are done in %s; the same command goes "

@@ -181,7 +181,8 @@ class Facts:
             have = ", ".join(f"{key} {mine[key][1]}" for key in different)
             received = ", ".join(f"{key} {others[key][1]}" for key in different)
             raise DatasetError(
-                "Vectors of one table are of one model, preset and type. "
+                "Vectors of one table are of one model, preset, type and "
+                f"precision. "
                 f"{where} has {have}. Received: {received}. {remedy}"
             )
 

@@ -30,9 +30,9 @@ _CONSTANT = 2**16
 # Bytes of variables whose share of the graph is computed at once: what comes
 # between takes memory, too.
 _AT_ONCE = 2**28
-# Bytes of kernels in bfloat16 that are constants, too: TensorFlow has several
-# copies of a graph.
-_KERNELS = 2**28
+# Bytes of kernels in bfloat16 that are constants, too. TensorFlow makes copies
+# of a graph: of R50x1's 47 MB they take 1 GB in all.
+_KERNELS = 2**26
 # These move values between branches, and between a loop's iterations.
 _CONTROL_FLOW = frozenset(
     {
@@ -53,11 +53,13 @@ def freeze(
     Args:
       function: a tf.types.experimental.ConcreteFunction that takes and returns
         one tensor.
-      precision: "bfloat16" has convolutions multiply bfloat16.
+      precision: "bfloat16" has convolutions multiply bfloat16. A picture's
+        values then depend a little on the others of its batch, if one of these
+        needs the slower formula of fast_norms.
 
     Returns:
-      A callable with the same values. It keeps no variables but those that the
-      function changes.
+      A callable with the same values, as far as the precision goes. It keeps
+      no variables but those that the function changes.
 
     Raises:
       UnknownNameError: there is no such precision.
@@ -71,7 +73,6 @@ class _Frozen:
     def __init__(self, function: Any, precision: str):
         graph = _Graph(function)
         left, result, captures = graph.rest(graph.computed())
-        self._result = result
         self._argument = graph.argument
         (argument,) = graph.arguments
         self._spec = tf.TensorSpec(argument.shape, argument.dtype)
@@ -81,10 +82,12 @@ class _Frozen:
         # a constant: a quarter of the time of one picture in bfloat16.
         self._constants: set[str] = set()
         if precision == "bfloat16":
-            left, captures = conv_precision.in_bfloat16(left, captures)
+            left, result, captures = conv_precision.in_bfloat16(
+                left, result, captures
+            )
             self._constants = _kernels(captures)
         self._captures = captures
-        self._left = left
+        self._left, self._result = left, result
         self._building = threading.Lock()
         self._exact = self._fast = None
         fast = None

@@ -194,6 +194,7 @@ def _facts(facts: Facts) -> list[tuple[str, str]]:
         ("model", facts.model),
         ("model hash", facts.model_hash),
         ("preset", facts.preset.name),
+        ("precision", facts.precision),
     ]
 
 

@@ -69,6 +69,7 @@ def test_embed_json_lines(call, features_export, photos):
     for row, path in zip(rows, photos, strict=True):
         assert row["model"] == str(features_export)
         assert row["preset"] == "tfhub"
+        assert row["precision"] == "float32"
         error = helpers.relative_error(row["embedding"], encoder.encode(path))
         assert error <= 1e-5
 
@@ -98,6 +99,7 @@ def test_embed_files(call, features_export, photos, tmp_path):
     rows = parquet.read_table(table)
     assert rows.column("source").to_pylist() == [str(p) for p in [*photos, bad]]
     assert rows.schema.metadata[b"preset"] == b"big_transfer eval 128"
+    assert rows.schema.metadata[b"precision"] == b"float32"
     assert rows.schema.metadata[b"model"] == str(features_export).encode()
     assert rows.schema.field("embedding").type.list_size == 1024
     found = rows.column("embedding").to_pylist()

@@ -233,6 +233,25 @@ def test_a_stop_counts_a_shard_that_was_not_noted(run, tmp_path, monkeypatch):
     assert counts(run(folder)) == (18, 2, 0, 0, 16)
 
 
+def test_a_stop_stays_one_where_nothing_can_be_noted(
+    run, tmp_path, monkeypatch
+):
+    look = embed_run._look
+
+    def locked(*args, undone_only=False):
+        if undone_only:
+            raise errors.DatasetError("the plan is locked")
+        look(*args)
+
+    def stopped(*args, **facts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed_run, "_look", locked)
+    monkeypatch.setattr(embed_plan.Plan, "finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(pictures(tmp_path / "in", 2))
+
+
 def test_leftovers_of_a_killed_run_are_swept(run, tmp_path):
     folder = pictures(tmp_path / "in", 2)
     run(folder)

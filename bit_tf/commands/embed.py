@@ -57,7 +57,7 @@ def add_precision(parser) -> None:
         choices=["float32", "bfloat16"],
         default="float32",
         help="of convolutions; bfloat16 is quicker on a processor that has it, "
-        "and vectors differ by up to 1 %% (%(default)s)",
+        "and vectors differ by about 1 %% (%(default)s)",
     )
 
 
@@ -407,6 +407,7 @@ def _print_json(source, vector, encoder) -> None:
         row["embedding"] = vector
         row["model"] = encoder.model_url
         row["preset"] = encoder.preset.name
+        row["precision"] = encoder.precision
     print(json.dumps(row), flush=True)
 
 
@@ -438,6 +439,7 @@ def _write_parquet(file, results, encoder) -> None:
         metadata={
             "model": encoder.model_url,
             "preset": encoder.preset.name,
+            "precision": encoder.precision,
         },
     )
     # As in embedding_table: d nulls are no vector.
