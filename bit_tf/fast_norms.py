@@ -132,11 +132,10 @@ class _Builder:
 
     def mean_square(self, x: str) -> str:
         """E[x²] of every channel, [n, 1, 1, c]."""
-        # Every row by itself first, as the mean is taken: rounding errors then
-        # grow with the height plus the width, and neighbours in memory are
-        # read one after the other.
-        norm = self.reduced("EuclideanNorm", x, [2])
-        norm = self.reduced("EuclideanNorm", norm, [1])
+        # Rows before columns, as the mean is taken: rounding errors then grow
+        # with the height plus the width.
+        norm = self.reduced("EuclideanNorm", x, [1])
+        norm = self.reduced("EuclideanNorm", norm, [2])
         sides = self.node(
             "StridedSlice",
             [self._shape(x), *map(self.constant, ([1], [3], [1]))],
@@ -207,14 +206,12 @@ def _variance(node: Any, nodes: dict[str, Any]) -> tuple[str, str, str] | None:
 
     def mean(name: str) -> str | None:
         """What a mean over rows and columns is taken of."""
-        axes = []
-        for _ in range(2):
+        for axis in (2, 1):
             found = inputs(name, "Mean")
-            if found is None:
+            if found is None or _value(nodes.get(_output(found[1]))) != axis:
                 return None
             name = found[0]
-            axes.append(_value(nodes.get(_output(found[1]))))
-        return name if sorted(axes, key=str) == [1, 2] else None
+        return name
 
     difference = node.input[0]
     if _value(nodes.get(_output(node.input[1]))) != 0:

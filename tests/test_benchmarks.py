@@ -130,7 +130,10 @@ def test_quick(name, tmp_path, capsys):
     assert found["machine"]["cores"] == os.cpu_count()
     for title, rows in found["tables"].items():
         assert title in text
-        assert all(row["ms"] > 0 for row in rows)
+        if title.startswith("bfloat16"):
+            assert 0.999 < rows[0]["least cosine"] < 1
+        else:
+            assert all(row["ms"] > 0 for row in rows)
     if name == "scaling":
         assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
         return
