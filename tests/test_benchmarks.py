@@ -137,12 +137,13 @@ def test_quick(name, tmp_path, capsys):
     if name == "scaling":
         assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
         return
-    (rows,) = found["tables"].values()
+    rows, _ = found["tables"].values()
     by_name = {row[""]: row for row in rows}
     assert by_name["bit_tf encode"]["bit_tf encode is … × as fast"] == 1
     for row in rows:
         if row[""].startswith(("bit_tf", "TF2")):
-            assert row["relative error"] <= 1e-5
+            bound = 0.05 if "bfloat16" in row[""] else 1e-5
+            assert row["relative error"] <= bound
     assert ("transformers (torch)" in by_name) == peers.installed(
         "torch", "transformers"
     )
